@@ -1,0 +1,429 @@
+"""Tests somebody else's implementation of K25's operations and says what is probably wrong with it.
+
+    python oracle.py check my_kernels.py          whatever op names the module defines are tested, the rest is missing
+    pytest tests/test_conformance.py --impl my_kernels
+
+The module may say, at its top level, ARRAYS = "torch" | "numpy" | "tinygrad" | a function from NumPy arrays to its own
+(jax.numpy.asarray), and DTYPES = ("float32", "bfloat16"), the dtypes it supports. `OP_backward` may give gradients.
+
+Public names: OPS, ConformanceError, Implementation, load_implementation, twin, Record, evaluate, judge, Finding,
+Unresponsive, check_op, diagnose, Row, read_xfails, check, select, add_arguments, main.
+Tests: pytest tests/test_conformance.py
+"""
+
+import importlib
+import importlib.util
+import json
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import hypothesis
+import torch
+from hypothesis import HealthCheck, Phase
+
+import ops_attention
+import ops_experts
+import ops_text
+import ops_training
+import ops_vision
+from adapter import Outcome, once, run
+from op import Difference, Op, cast, compare, describe
+
+_MODULES = (ops_attention, ops_experts, ops_training, ops_vision, ops_text)
+OPS: dict[str, Op] = {op.name: op for module in _MODULES for op in module.OPS}
+
+MOST_EXAMPLES = 25
+KEPT_FAILURES = 24  # failing inputs kept for the diagnosis
+
+
+class ConformanceError(ValueError):
+    """An implementation that cannot be tested, or options that make no sense; one line says which and why."""
+
+
+# Implementations
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Somebody's functions by op name, with what the module says of itself."""
+
+    name: str
+    functions: dict[str, Callable]
+    backwards: dict[str, Callable]
+    arrays: str | Callable = "torch"
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    def __call__(self, op, arguments, cotangents=None, wanted=()):
+        """Call op's function under the contract of adapter.run. Returns Outcome."""
+        backward = self.backwards.get(op.name)
+        return run(self.functions[op.name], arguments, op.outputs, wanted, cotangents, self.arrays, backward)
+
+
+def load_implementation(source):
+    """Import a module by path or by name and collect the functions that are named as ops.
+
+    source: str — "my_kernels", "my_kernels.py" or a path. Returns Implementation.
+    Raises ConformanceError, in one line, if it cannot be found or fails while it is imported.
+    """
+    path = pathlib.Path(source)
+    try:
+        if path.suffix == ".py" or path.is_file():
+            if not path.is_file():
+                raise ConformanceError(f"no file {source}: give the path of a Python module or the name of one")
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            sys.path.insert(0, "")
+            module = importlib.import_module(source)
+    except ConformanceError:
+        raise
+    except BaseException as error:  # SystemExit too: whatever a module does when imported is told, not suffered
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if pathlib.Path(f.filename).stem == path.stem]
+        line = f" (line {frames[-1].lineno})" if frames else ""
+        reason = " ".join(str(error).split())[:300]
+        raise ConformanceError(f"{source} cannot be imported: {type(error).__name__}: {reason}{line}") from None
+    functions = {name: getattr(module, name) for name in OPS if callable(getattr(module, name, None))}
+    backwards = {n: getattr(module, f"{n}_backward") for n in functions if callable(getattr(module, f"{n}_backward", None))}
+    arrays = getattr(module, "ARRAYS", "torch")
+    if not callable(arrays) and arrays not in ("torch", "numpy", "tinygrad"):
+        raise ConformanceError(f"{source}: ARRAYS is {arrays!r}: write 'torch', 'numpy', 'tinygrad' or a function")
+    default = ("float32", "bfloat16") if arrays == "torch" else ("float32",)
+    dtypes = tuple(_dtype(name) for name in getattr(module, "DTYPES", default))
+    return Implementation(path.stem, functions, backwards, arrays, dtypes)
+
+
+def _dtype(name):
+    if name not in ("float32", "float64", "bfloat16"):
+        raise ConformanceError(f"unknown dtype {name!r}: choose among float32, float64, bfloat16")
+    return getattr(torch, name)
+
+
+def twin(function, name="twin"):
+    """An implementation that answers for every op with one function: for twins, variants and suspects."""
+
+    def call(op, arguments, cotangents=None, wanted=()):
+        return run(function, arguments, op.outputs, wanted, cotangents)
+
+    call.__name__ = name
+    return call
+
+
+# Judging one call
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call that went wrong: the arguments as they were given, what came back, and how it differs."""
+
+    arguments: dict
+    outcome: Outcome
+    difference: Difference
+    truth: Outcome  # what float64 gives
+
+
+def _cotangents(op, outputs):
+    """A fixed random gradient for every floating output of an op that has gradients."""
+    if not op.differentiable:
+        return {}
+    generator = torch.Generator().manual_seed(0)
+    floats = {n: v for n, v in outputs.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return {n: torch.randn(v.shape, generator=generator, dtype=torch.float64).to(v.dtype) for n, v in floats.items()}
+
+
+def evaluate(op, function, arguments, cotangents=None):
+    """Outcome of one of our own functions on these arguments; cotangents: by output, None to ask no gradients."""
+    return once(function, arguments, op.outputs, op.differentiable if cotangents else (), cotangents)
+
+
+def judge(op, caller, arguments, dtype):
+    """Compare one call of an implementation with the reference.
+
+    op: Op; caller: (op, arguments, cotangents, wanted) → Outcome; arguments: as drawn; dtype: the one under test.
+    Returns Record, or None when the implementation is right (or gives no gradients and its values are right).
+    """
+    given = cast(op, arguments, dtype)
+    cotangents = _cotangents(op, evaluate(op, op.reference, given).outputs)
+    expected = evaluate(op, op.reference, given, cotangents)
+    widened = {name: cotangent.double() for name, cotangent in cotangents.items()}
+    truth = evaluate(op, op.reference, cast(op, given, torch.float64), widened)
+    outcome = caller(op, given, cotangents, op.differentiable)
+    difference = _first_difference(op, outcome, expected, truth)
+    return difference and Record(given, outcome, difference, truth)
+
+
+def _floats(value):
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _first_difference(op, outcome, expected, truth):
+    if outcome.complaint:
+        return Difference("contract", "contract", outcome.complaint)
+    for name in op.outputs:
+        exact = name in op.exact
+        found = compare(f"output {name}", outcome.outputs[name], expected.outputs[name], truth.outputs[name], op.loose, exact)
+        if found:
+            return found
+    for name in op.differentiable if outcome.gradients else ():
+        what = f"gradient of {name}"
+        if outcome.gradients[name] is None:
+            if expected.gradients[name] is not None and truth.gradients[name].any():
+                return Difference(what, "gradient", f"{what}: none arrives; the graph is cut (detach? .data? no_grad?)")
+            continue
+        if expected.gradients[name] is None:
+            continue
+        found = compare(what, outcome.gradients[name], expected.gradients[name], truth.gradients[name], 4 * op.loose)
+        if found:
+            return found
+    return None
+
+
+# Searching for a failing input
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A failure of one op: where, on which smallest input, how large, and what is probably wrong."""
+
+    op: str
+    dtype: str
+    tried: int  # examples until the failure
+    record: Record  # the smallest failing input found
+    suspect: str  # name of the suspect that gives the same numbers, "" if none does
+    cause: str  # in words
+
+    def text(self):
+        """The report, several lines."""
+        lines = [f"{self.op}: wrong in {self.dtype} (example {self.tried})", f"  {self.record.difference.words}"]
+        lines += ["  smallest input found:"] + [f"    {line}" for line in describe(self.record.arguments)]
+        return "\n".join([*lines, f"  probable cause: {self.cause}"])
+
+
+class _Wrong(Exception):
+    pass
+
+
+class Unresponsive(BaseException):
+    """Raised by a caller whose implementation hung or died: no further input is tried, none is shrunk."""
+
+    def __init__(self, outcome):
+        super().__init__(outcome.complaint)
+        self.outcome = outcome
+
+
+def check_op(op, caller, dtypes=(torch.float32,), max_examples=MOST_EXAMPLES, seed=0):
+    """Draw inputs until one is answered wrongly, shrink it, and name the probable cause.
+
+    caller: (op, arguments, cotangents, wanted) → Outcome; dtypes: those of them that the op is tested in are used;
+    max_examples: inputs for each dtype; seed: int. Returns Finding, or None if every answer was right.
+    """
+    for dtype in [d for d in op.dtypes if d in dtypes] or op.dtypes[:1]:
+        records, calls, first = [], 0, 0
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(max_examples=max_examples, database=None, deadline=None, derandomize=False,
+                             suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+                             phases=(Phase.generate, Phase.shrink), print_blob=False)  # fmt: skip
+        @hypothesis.given(op.cases)
+        def every_input_is_answered_right(arguments):
+            nonlocal calls, first
+            calls += 1
+            record = judge(op, caller, arguments, dtype)
+            if record:
+                first = first or calls
+                records.append(record)
+                raise _Wrong
+
+        try:
+            every_input_is_answered_right()
+        except _Wrong:
+            pass
+        except Unresponsive as stopped:
+            difference = Difference("contract", "contract", stopped.outcome.complaint)
+            return Finding(op.name, _name(dtype), calls, Record({}, stopped.outcome, difference, stopped.outcome), "",
+                           stopped.outcome.complaint)  # fmt: skip
+        except hypothesis.errors.Flaky:
+            pass  # the same input was answered right and wrong: told by the last record
+        if records:
+            suspect, cause = diagnose(op, records)
+            return Finding(op.name, _name(dtype), first, records[-1], suspect, cause)
+    return None
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+# Diagnosis
+
+
+def diagnose(op, records):
+    """The suspect whose wrong numbers are these wrong numbers, else a pattern of the numbers themselves.
+
+    records: failing calls, the last one the smallest. Returns (name of the suspect or "", cause in words).
+    """
+    chosen = [*records[: KEPT_FAILURES - 1], records[-1]] if len(records) > 1 else records
+    hits = []
+    for suspect in op.suspects:
+        share = sum(_explains(op, suspect, record) for record in chosen) / len(chosen)
+        hits.append((share, suspect))
+    best = max((share for share, _ in hits), default=0.0)
+    if best >= 0.5:
+        found = [suspect for share, suspect in hits if share == best]
+        words = [s.cause + (f" ({s.seen})" if s.seen else "") for s in found]
+        return found[0].name, " — or: ".join(words)
+    return "", _pattern(records[-1])
+
+
+def _explains(op, suspect, record):
+    """Whether a suspect gives the wrong answer that was recorded."""
+    cotangents = _cotangents(op, record.truth.outputs)
+    cotangents = {n: c.to(record.outcome.outputs[n].dtype) for n, c in cotangents.items()
+                  if _floats(record.outcome.outputs.get(n))}  # fmt: skip
+    wanted = op.differentiable if record.outcome.gradients else ()
+    outcome = run(suspect.wrong, record.arguments, op.outputs, wanted, cotangents)
+    if outcome.complaint or record.outcome.complaint:
+        return _kind_of_complaint(outcome.complaint) == _kind_of_complaint(record.outcome.complaint)
+    pairs = [(record.outcome.outputs[n], outcome.outputs[n], n in op.exact) for n in op.outputs]
+    if record.outcome.gradients and outcome.gradients:
+        pairs += [(record.outcome.gradients[n], outcome.gradients[n], False) for n in op.differentiable]
+    return all(_alike(a, b, op.loose, exact) for a, b, exact in pairs)
+
+
+def _alike(a, b, loose, exact):
+    if a is None or b is None:
+        return a is b
+    truth = b.double() if _floats(b) else b
+    return compare("", a, b, truth, 4 * loose, exact) is None
+
+
+def _kind_of_complaint(complaint):
+    return complaint.partition(":")[0]
+
+
+def _pattern(record):
+    """What the numbers look like when no suspect fits."""
+    difference = record.difference
+    if difference.kind == "contract":
+        return difference.words
+    if difference.kind == "nan":
+        return "reads memory that it never wrote, or divides 0 by 0 (NaN)"
+    if difference.kind in ("shape", "dtype", "type", "gradient"):
+        return f"the {difference.kind} alone; no value was compared"
+    kind, _, name = difference.what.rpartition(" ")
+    group = "gradients" if kind.startswith("gradient") else "outputs"
+    got, want = getattr(record.outcome, group)[name], getattr(record.truth, group)[name]
+    if not (_floats(got) and _floats(want)):
+        return "unknown; compare the two values above by hand"
+    got, want = got.double().flatten(), want.double().flatten()
+    ratio = got[want != 0] / want[want != 0]
+    if len(ratio) > 1 and ratio.std() < 1e-3 * ratio.abs().mean():
+        return f"every value is {ratio.mean():.6g} times what it should be: a factor is missing or applied twice"
+    if torch.allclose(got.sort().values, want.sort().values, rtol=1e-3, atol=1e-5):
+        return "the right values in the wrong places: a permuted or transposed axis"
+    bad = ((got - want).abs() > 1e-3 * want.abs().max()).double().mean().item()
+    return f"unknown; {bad:.0%} of the values are wrong"
+
+
+# A whole implementation
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one op: status is pass, FAIL, missing, xfail (failed as said) or XPASS (should have failed)."""
+
+    op: str
+    status: str
+    finding: Finding | None = None
+
+
+def read_xfails(path):
+    """Op names expected to fail, one a line, `#` begins a comment. Raises ConformanceError for unknown names."""
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConformanceError(f"cannot read {path}: {error.strerror}") from None
+    names = {}
+    for number, line in enumerate(lines, 1):
+        name = line.partition("#")[0].strip()
+        if name and name not in OPS:
+            raise ConformanceError(f"{path}, line {number}: no op named {name!r}; see python oracle.py list")
+        if name:
+            names[name] = number
+    return set(names)
+
+
+def check(implementation, ops=None, dtypes=None, max_examples=MOST_EXAMPLES, seed=0, xfails=frozenset(), progress=None):
+    """Check all ops (or those named) of an implementation. progress: called with each Row. Returns the Rows."""
+    rows = []
+    for name in ops or OPS:
+        if name not in implementation.functions:
+            row = Row(name, "missing")
+        else:
+            finding = check_op(OPS[name], implementation, dtypes or implementation.dtypes, max_examples, seed)
+            expected = name in xfails
+            status = ("xfail" if expected else "FAIL") if finding else ("XPASS" if expected else "pass")
+            row = Row(name, status, finding)
+        rows.append(row)
+        if progress:
+            progress(row)
+    return rows
+
+
+def add_arguments(parser):
+    """The arguments of `oracle.py check`."""
+    parser.add_argument("module", help="path or name of a Python module that defines functions named as ops")
+    parser.add_argument("--ops", help="comma-separated names; default: all")
+    parser.add_argument("--dtypes", help="comma-separated: float32, bfloat16, float64; default: what the module says")
+    parser.add_argument("--xfails-file", help="op names that are expected to fail, one a line")
+    parser.add_argument("--max-examples", type=int, default=MOST_EXAMPLES, help="inputs per op and dtype")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", help="also write the result to this file")
+
+
+def select(names):
+    """Ops named in a comma-separated list, None for all. Raises ConformanceError with the nearest name."""
+    import difflib
+
+    chosen = [name.strip() for name in names.split(",")] if names else list(OPS)
+    for name in chosen:
+        if name not in OPS:
+            near = difflib.get_close_matches(name, OPS, 1)
+            raise ConformanceError(f"no op named {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return chosen
+
+
+def main(options):
+    """`oracle.py check`: print a line per op and a report per failure. Returns 0, or 1 when an op failed."""
+    from checkpoint import write_file
+
+    if options.max_examples < 1:
+        raise ConformanceError(f"--max-examples is {options.max_examples}: give at least 1")
+    ops = select(options.ops)
+    xfails = read_xfails(options.xfails_file) if options.xfails_file else frozenset()
+    dtypes = tuple(_dtype(name) for name in options.dtypes.split(",")) if options.dtypes else None
+    implementation = load_implementation(options.module)
+    rows = check(implementation, ops, dtypes, options.max_examples, options.seed, xfails,
+                 lambda row: print(f"{row.op:<20} {row.status}", flush=True))  # fmt: skip
+    failed = [row for row in rows if row.status == "FAIL"]
+    for row in failed:
+        print("\n" + row.finding.text())
+    counts = {status: sum(row.status == status for row in rows) for status in ("pass", "FAIL", "xfail", "XPASS", "missing")}
+    print("\n" + ", ".join(f"{number} {status}" for status, number in counts.items() if number))
+    if options.json:
+        report = {"implementation": implementation.name, "seed": options.seed, "counts": counts,
+                  "ops": [{"op": r.op, "status": r.status} | (_as_json(r.finding) if r.finding else {}) for r in rows]}  # fmt: skip
+        write_file(pathlib.Path(options.json), json.dumps(report, indent=1))
+    return 1 if failed else 0
+
+
+def _as_json(finding):
+    difference = finding.record.difference
+    return {"dtype": finding.dtype, "what": difference.what, "kind": difference.kind, "words": difference.words,
+            "max_abs": difference.max_abs, "relative": difference.relative, "index": list(difference.index),
+            "cause": finding.cause, "suspect": finding.suspect, "input": describe(finding.record.arguments)}  # fmt: skip

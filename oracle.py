@@ -1,0 +1,39 @@
+"""The correctness oracle: whose numbers are wrong, from which operation on, and probably why.
+
+    python oracle.py list                         the operations, their formulas and tolerances
+    python oracle.py check my_kernels.py          test somebody's implementation of them
+
+Public names: main.
+Tests: pytest tests/test_oracle.py
+"""
+
+import argparse
+import sys
+
+import conformance
+
+
+def _list(options):
+    for op in conformance.OPS.values():
+        print(f"{op.name:<20} {', '.join(op.arguments)} → {', '.join(op.outputs)}\n{'':<20} {op.formula}")
+    return 0
+
+
+def main(arguments=None):
+    """The command line. Exit codes: 0 all agrees, 1 something differs, 2 misuse."""
+    parser = argparse.ArgumentParser(prog="oracle.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the operations").set_defaults(run=_list)
+    check = commands.add_parser("check", help="test an implementation of the operations")
+    conformance.add_arguments(check)
+    check.set_defaults(run=conformance.main)
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except ValueError as error:
+        print(f"oracle.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
