@@ -2,10 +2,11 @@
 
 An implementation is compared with the reference run in the same dtype (shapes, dtypes) and in float64 (values):
 
-    |got − truth| ≤ tolerance(dtype) · scale + 4 · max|reference − truth|
-    scale = max(largest |truth| in the same last-dimension row, a tenth of the largest in the whole tensor)
+    |got − truth| ≤ tolerance(dtype) · scale + 8 · max|reference − truth|
+    scale = max(largest |truth| in the same last-dimension row, a tenth of the largest in the whole tensor, floor)
 
-so that one wrong token cannot hide in a large tensor, and rounding that the reference itself suffers is forgiven.
+so that one wrong token cannot hide in a large tensor, and rounding that the reference itself suffers is forgiven. The
+floor lets gradients that cancel to nearly nothing miss by rounding; outputs have none.
 
 A Suspect is a known-wrong implementation with the mistake in words. When somebody's implementation fails, the suspect
 that gives the same wrong numbers names the probable cause; the same suspects, run as implementations, show that the
@@ -89,11 +90,11 @@ def cast(op, arguments, dtype):
     }
 
 
-def compare(what, actual, expected, truth, loose=1.0, exact=False):
+def compare(what, actual, expected, truth, loose=1.0, exact=False, floor=0.0):
     """One result against the reference in the same dtype and in float64. Returns Difference, or None when they agree.
 
     what: names the result; actual: plain value; expected, truth: what the reference gave; loose: factor on the
-    tolerance; exact: bitwise. Integers of any width are equal when their values are; floats must have the dtype asked.
+    tolerance; exact: bitwise; floor: smallest scale. Integers of any width are equal when their values are; floats must have the dtype asked.
     """
     if not isinstance(expected, torch.Tensor):
         return _compare_plain(what, actual, expected)
@@ -110,10 +111,10 @@ def compare(what, actual, expected, truth, loose=1.0, exact=False):
         return Difference(what, "dtype", f"{what}: dtype {_dtype(actual)}, expected {_dtype(expected)}")
     if actual.numel() == 0:
         return None
-    return _compare_numbers(what, actual, expected, truth, loose, exact)
+    return _compare_numbers(what, actual, expected, truth, loose, exact, floor)
 
 
-def _compare_numbers(what, actual, expected, truth, loose, exact):
+def _compare_numbers(what, actual, expected, truth, loose, exact, floor):
     a, t = actual.double(), (expected if exact or not expected.is_floating_point() else truth).double()
     gap = (a - t).abs()
     gap = torch.where((a == t) | (a.isnan() & t.isnan()), 0.0, gap.nan_to_num(nan=torch.inf))
@@ -123,7 +124,8 @@ def _compare_numbers(what, actual, expected, truth, loose, exact):
     allowed = torch.zeros_like(gap)
     if expected.is_floating_point() and not exact:
         own = torch.where(t.isfinite(), (expected.double() - t).abs(), 0.0).nan_to_num().max()
-        allowed = TOLERANCE[expected.dtype] * loose * torch.maximum(row, 0.1 * largest) + 4 * own
+        scale = torch.maximum(row, 0.1 * largest).clamp(min=floor)
+        allowed = TOLERANCE[expected.dtype] * loose * scale + 8 * own
         allowed = allowed + TOLERANCE[expected.dtype] * 1e-6  # zeros may be missed by this much
     excess = gap - allowed
     worst = int(excess.nan_to_num(posinf=torch.inf).argmax())

@@ -15,6 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from manifest import open_manifest  # noqa: E402 - needs the path above
+from op import TOLERANCE  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -22,12 +23,11 @@ settings.register_profile(
 )
 settings.load_profile("k25")
 
-# Largest allowed |a - b| relative to max(1, |b|max), by the coarsest dtype of the two.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
-
 
 def assert_close(actual, expected, tolerance=None, what=""):
     """Compare two tensors and, on failure, name the worst index with both values.
+
+    Allowed is tolerance · max(1, largest expected).
 
     Args: actual, expected: tensors of one shape (arrays are converted); tolerance: float, a dtype of
     TOLERANCE, or None (taken from the coarser dtype of the two); what: the name shown on failure.
@@ -62,6 +62,14 @@ def manifest(tmp_path_factory):
         lines.append({"text": f"<image>picture {number}", "images": [f"{number}.png"]})
     (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return open_manifest(folder / "mine.jsonl")
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("conformance", "tests/test_conformance.py: test your own operations")
+    group.addoption("--impl", help="module, or path of one, whose functions are named as ops (python oracle.py list)")
+    group.addoption("--xfails-file", help="op names that are expected to fail, one a line")
+    group.addoption("--max-examples", type=int, default=25, help="inputs per op and dtype")
+    group.addoption("--seed", type=int, default=0, help="of the inputs")
 
 
 def pytest_configure(config):
