@@ -37,7 +37,7 @@ OPS: dict[str, Op] = {op.name: op for module in _MODULES for op in module.OPS}
 
 MOST_EXAMPLES = 25
 KEPT_FAILURES = 8  # failing inputs that the diagnosis looks at
-GRADIENT_FLOOR = 0.02  # of the largest cotangent: gradients smaller than this may be what cancellation left
+GRADIENT_FLOOR = 0.1  # of a gradient's natural size: below it may lie what cancellation left
 
 
 class ConformanceError(ValueError):
@@ -154,7 +154,8 @@ def judge(op, caller, arguments, dtype):
     widened = {name: cotangent.double() for name, cotangent in cotangents.items()}
     truth = evaluate(op, op.reference, cast(op, given, torch.float64), widened)
     outcome = caller(op, given, cotangents, op.differentiable)
-    difference = _first_difference(op, outcome, expected, truth, cotangents)
+    floors = {name: _natural_size(given[name], truth.outputs, cotangents) * GRADIENT_FLOOR for name in op.differentiable}
+    difference = _first_difference(op, outcome, expected, truth, floors)
     return difference and Record(given, outcome, difference, truth)
 
 
@@ -162,7 +163,13 @@ def _floats(value):
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _first_difference(op, outcome, expected, truth, cotangents):
+def _natural_size(argument, outputs, cotangents):
+    """What a gradient measures by its units: largest cotangent times output, over the argument."""
+    largest = lambda tensor: tensor.abs().max().item() if tensor.numel() else 0.0  # noqa: E731
+    return max((largest(c) * largest(outputs[n]) for n, c in cotangents.items()), default=0.0) / (largest(argument) or 1.0)
+
+
+def _first_difference(op, outcome, expected, truth, floors):
     if outcome.complaint:
         return Difference("contract", "contract", outcome.complaint)
     for name in op.outputs:
@@ -170,7 +177,6 @@ def _first_difference(op, outcome, expected, truth, cotangents):
         found = compare(f"output {name}", outcome.outputs[name], expected.outputs[name], truth.outputs[name], op.loose, exact)
         if found:
             return found
-    floor = GRADIENT_FLOOR * max((c.abs().max().item() for c in cotangents.values() if c.numel()), default=0.0)
     for name in op.differentiable if outcome.gradients else ():
         what = f"gradient of {name}"
         if outcome.gradients[name] is None:
@@ -180,7 +186,7 @@ def _first_difference(op, outcome, expected, truth, cotangents):
         if expected.gradients[name] is None:
             continue
         both = expected.gradients[name], truth.gradients[name]
-        found = compare(what, outcome.gradients[name], *both, 4 * op.loose, floor=floor)
+        found = compare(what, outcome.gradients[name], *both, 4 * op.loose, floor=floors[name])
         if found:
             return found
     return None
