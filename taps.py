@@ -4,7 +4,7 @@
 records each step. What it records is what the model computes: tests/test_taps.py compares with the outputs of the
 model's modules, bit by bit. A tap may be pinned to a value from elsewhere, and everything after it then starts from
 that value: pin `…router.index` to fix the routing, pin all of another stack's taps to see each of our operations
-on that stack's own inputs.
+on that stack's own inputs. An operation may also be replaced by somebody's function throughout the model.
 
 Public names: Prompt, standard_prompts, Tap, capture, Recording, write_taps, read_taps, TapsError.
 
@@ -158,7 +158,7 @@ class Tap:
 
     name: see the table above; op: name of the operation; inputs: {argument: tensor, number, list or None}, weights
     included; output: Tensor — computed here, also where the tap was pinned; weights: {argument: state-dict key} of
-    those inputs that are weights.
+    those inputs that are weights; result: which of the op's results the output is, counted from 0.
     """
 
     name: str
@@ -166,19 +166,23 @@ class Tap:
     inputs: dict
     output: Tensor
     weights: dict = field(default_factory=dict)
+    result: int = 0
 
 
 class _Recorder:
     """Collects taps in execution order and hands on either what was computed or what is pinned."""
 
-    def __init__(self, model, pinned):
+    def __init__(self, model, pinned, replaced):
         self.keys = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
-        self.pinned = pinned or {}
+        self.pinned, self.replaced = pinned or {}, replaced or {}
         self.taps = {}
 
-    def __call__(self, name, op, output, **inputs):
+    def __call__(self, name, op, output, result=0, **inputs):
+        if op in self.replaced:
+            given = self.replaced[op](*inputs.values())
+            output = torch.as_tensor(given[result] if isinstance(given, tuple) else given).to(output)
         weights = {argument: self.keys[id(value)] for argument, value in inputs.items() if id(value) in self.keys}
-        self.taps[name] = Tap(name, op, inputs, output, weights)
+        self.taps[name] = Tap(name, op, inputs, output, weights, result)
         if name not in self.pinned:
             return output
         value = self.pinned[name]
@@ -188,16 +192,17 @@ class _Recorder:
 
 
 @torch.no_grad()
-def capture(model, prompt, pinned=None):
+def capture(model, prompt, pinned=None, replaced=None):
     """Run one prompt through a K25 and keep every operation.
 
-    model: K25; prompt: Prompt; pinned: {tap name: tensor} — what later operations get in place of our own output.
+    model: K25; prompt: Prompt; pinned: {tap name: tensor} — what later operations get in place of our own output;
+    replaced: {op: function of the op's arguments} — computes that op, wherever it occurs, in place of ours.
     Returns {name: Tap} in execution order. Raises TapsError for a prompt that does not fit or a pinned value of another
     shape.
     """
     _check(prompt, model.config)
     head = model.language_model.lm_head.weight
-    tap = _Recorder(model, pinned)
+    tap = _Recorder(model, pinned, replaced)
     media = None
     if prompt.patches is not None:
         media = _vision(model, prompt.patches.to(head.device), prompt.grid_thw, tap)
@@ -276,8 +281,8 @@ def _attention_constants(config, x, tap):
                     original_length=yarn.original_max_position_embeddings, beta_fast=yarn.beta_fast,
                     beta_slow=yarn.beta_slow, mscale=yarn.mscale, mscale_all_dim=yarn.mscale_all_dim)  # fmt: skip
     cos, sin = (
-        tap(f"decoder.rope.{part}", "rope_table", a, positions=positions, **settings)
-        for part, a in zip(("cos", "sin"), table)
+        tap(f"decoder.rope.{part}", "rope_table", table[i], i, positions=positions, **settings)
+        for i, part in enumerate(("cos", "sin"))
     )
     mask = mla.visibility(segments, segments)
     mask = tap("decoder.mask", "visibility", mask, query_segments=segments, key_segments=segments)
@@ -323,7 +328,7 @@ def _moe(moe, x, name, tap):
     top_k, n_group, topk_group, scale, _ = gate.settings
     inputs = dict(x=x, weight=gate.weight, bias=gate.e_score_correction_bias, top_k=top_k, n_group=n_group,
                   topk_group=topk_group, scale=scale)  # fmt: skip
-    index = tap(f"{name}.router.index", "route", gate(x).index, **inputs, pinned=None)
+    index = tap(f"{name}.router.index", "route", gate(x).index, 1, **inputs, pinned=None)
     pinned = index if f"{name}.router.index" in tap.pinned else None
     weights = tap(f"{name}.router.weights", "route", gate(x, pinned).weights, **inputs, pinned=pinned)
     y = tap(f"{name}.experts", "experts", experts(x, weights, index), x=x, weights=weights, index=index,
@@ -361,12 +366,16 @@ def _swiglu(tap, name, x, module):
 
 @dataclass(frozen=True)
 class Recording:
-    """What a taps directory says about one prompt. prompt: Prompt or None; tensors: {tap name: output}; inputs:
-    {tap name: {argument: tensor}} for those that the writer added."""
+    """What a taps directory says about one prompt.
+
+    prompt: Prompt or None; tensors: {tap name: output}; inputs: {tap name: {argument: tensor}} and arguments:
+    {tap name: {argument: number}} of taps.json, as far as the writer tells them.
+    """
 
     prompt: Prompt | None
     tensors: dict
     inputs: dict = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
 
 
 def write_taps(directory, captured, with_inputs=False):
@@ -408,13 +417,21 @@ def read_taps(directory):
 
     Raises TapsError where there is no safetensors file, CheckpointError for a broken one.
     """
-    files = sorted(pathlib.Path(directory).glob("*.safetensors"))
+    directory = pathlib.Path(directory)
+    files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise TapsError(f"{directory} holds no safetensors file: expected PROMPT.safetensors for each prompt")
-    return {path.stem: _recording(load_tensors(path)) for path in files}
+    manifest, told = directory / "taps.json", {}
+    if manifest.is_file():
+        try:
+            told = {prompt: {name: tap.get("arguments", {}) for name, tap in taps.items()}
+                    for prompt, taps in json.loads(manifest.read_text(encoding="utf-8"))["prompts"].items()}  # fmt: skip
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+            raise TapsError(f"{manifest} is no manifest of taps: {error!r}") from None
+    return {path.stem: _recording(load_tensors(path), told.get(path.stem, {})) for path in files}
 
 
-def _recording(tensors):
+def _recording(tensors, arguments):
     prompt, outputs, inputs = {}, {}, {}
     for name, tensor in tensors.items():
         tap, is_input, argument = name.rpartition(".in.")
@@ -427,4 +444,4 @@ def _recording(tensors):
     unknown = prompt.keys() - {"ids", "patches", "grid_thw"}
     if unknown or (prompt and "ids" not in prompt):
         raise TapsError(f"a prompt is prompt.ids with prompt.patches and prompt.grid_thw, not {sorted(prompt)}")
-    return Recording(Prompt(**prompt) if prompt else None, outputs, inputs)
+    return Recording(Prompt(**prompt) if prompt else None, outputs, inputs, arguments)
