@@ -90,11 +90,12 @@ def run(capsys, *arguments):
 RIGHT = '''
 import torch
 def rms_norm(x, weight, eps):
-    y = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    wide = x.double()
+    y = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
     return (y.to(x.dtype) * weight)
 '''
-WRONG = RIGHT.replace("x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()",
-                      "torch.nn.functional.layer_norm(x.double(), x.shape[-1:], eps=eps)")  # fmt: skip
+WRONG = RIGHT.replace("wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()",
+                      "torch.nn.functional.layer_norm(wide, x.shape[-1:], eps=eps)")  # fmt: skip
 
 
 def test_a_right_module_passes_and_the_rest_is_missing(tmp_path, capsys):
