@@ -2,6 +2,7 @@
 
     python oracle.py list                         the operations, their formulas and tolerances
     python oracle.py check my_kernels.py          test somebody's implementation of them
+    python oracle.py mutants                      show that it catches known mistakes and lets right versions pass
 
 Public names: main.
 Tests: pytest tests/test_oracle.py
@@ -11,6 +12,7 @@ import argparse
 import sys
 
 import conformance
+import mutants
 
 
 def _list(options):
@@ -27,6 +29,9 @@ def main(arguments=None):
     check = commands.add_parser("check", help="test an implementation of the operations")
     conformance.add_arguments(check)
     check.set_defaults(run=conformance.main)
+    mutant = commands.add_parser("mutants", help="known mistakes that must be caught, right versions that must pass")
+    mutants.add_arguments(mutant)
+    mutant.set_defaults(run=mutants.main)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
