@@ -6,8 +6,8 @@
 The module may say, at its top level, ARRAYS = "torch" | "numpy" | "tinygrad" | a function from NumPy arrays to its own
 (jax.numpy.asarray), and DTYPES = ("float32", "bfloat16"), the dtypes it supports. `OP_backward` may give gradients.
 
-Public names: OPS, ConformanceError, Implementation, load_implementation, twin, Record, evaluate, judge, Finding,
-Unresponsive, check_op, diagnose, Row, read_xfails, check, select, add_arguments, main.
+Public names: OPS, ConformanceError, Implementation, load_implementation, twin, Record, evaluate, Question, question,
+judge, Finding, Unresponsive, check_op, diagnose, Row, read_xfails, check, select, add_arguments, main.
 Tests: pytest tests/test_conformance.py
 """
 
@@ -142,21 +142,38 @@ def evaluate(op, function, arguments, cotangents=None):
     return once(function, arguments, op.outputs, op.differentiable if cotangents else (), cotangents)
 
 
+@dataclass(frozen=True)
+class Question:
+    """One call that an implementation is asked for, and the answer to it."""
+
+    arguments: dict  # in the dtype under test
+    cotangents: dict  # output → gradient of the loss by it; empty where the op has no gradients
+    expected: Outcome  # what the reference gives
+    truth: Outcome  # what it gives in float64
+    floors: dict  # argument → smallest scale on which its gradient is judged
+
+
+def question(op, arguments, dtype):
+    """The Question that arguments, as drawn, make in one dtype."""
+    given = cast(op, arguments, dtype)
+    cotangents = _cotangents(op, evaluate(op, op.reference, given).outputs)
+    expected = evaluate(op, op.reference, given, cotangents)
+    widened = {name: cotangent.double() for name, cotangent in cotangents.items()}
+    truth = evaluate(op, op.reference, cast(op, given, torch.float64), widened)
+    floors = {name: _natural_size(given[name], truth.outputs, cotangents) * GRADIENT_FLOOR for name in op.differentiable}
+    return Question(given, cotangents, expected, truth, floors)
+
+
 def judge(op, caller, arguments, dtype):
     """Compare one call of an implementation with the reference.
 
     op: Op; caller: (op, arguments, cotangents, wanted) → Outcome; arguments: as drawn; dtype: the one under test.
     Returns Record, or None when the implementation is right (or gives no gradients and its values are right).
     """
-    given = cast(op, arguments, dtype)
-    cotangents = _cotangents(op, evaluate(op, op.reference, given).outputs)
-    expected = evaluate(op, op.reference, given, cotangents)
-    widened = {name: cotangent.double() for name, cotangent in cotangents.items()}
-    truth = evaluate(op, op.reference, cast(op, given, torch.float64), widened)
-    outcome = caller(op, given, cotangents, op.differentiable)
-    floors = {name: _natural_size(given[name], truth.outputs, cotangents) * GRADIENT_FLOOR for name in op.differentiable}
-    difference = _first_difference(op, outcome, expected, truth, floors)
-    return difference and Record(given, outcome, difference, truth)
+    asked = question(op, arguments, dtype)
+    outcome = caller(op, asked.arguments, asked.cotangents, op.differentiable)
+    difference = _first_difference(op, outcome, asked.expected, asked.truth, asked.floors)
+    return difference and Record(asked.arguments, outcome, difference, asked.truth)
 
 
 def _floats(value):
