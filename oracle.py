@@ -2,7 +2,7 @@
 
     python oracle.py list                         the operations, their formulas and tolerances
     python oracle.py check my_kernels.py          test somebody's implementation of them
-    python oracle.py mutants                      show that it catches known mistakes and lets right versions pass
+    python oracle.py mutants                      show that it catches known mistakes and lets right versions pass    python oracle.py defects                      what the installed transformers gets wrong, each shown
 
 Public names: main.
 Tests: pytest tests/test_oracle.py
@@ -12,6 +12,7 @@ import argparse
 import sys
 
 import conformance
+import defects
 import mutants
 
 
@@ -32,6 +33,9 @@ def main(arguments=None):
     mutant = commands.add_parser("mutants", help="known mistakes that must be caught, right versions that must pass")
     mutants.add_arguments(mutant)
     mutant.set_defaults(run=mutants.main)
+    defect = commands.add_parser("defects", help="what the installed transformers gets wrong about Kimi K2.5")
+    defects.add_arguments(defect)
+    defect.set_defaults(run=defects.main)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
