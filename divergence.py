@@ -110,7 +110,8 @@ def trace_prompt(model, prompt, theirs, pin_routing=False):
     for name, ours in shapes.items():
         value = theirs.tensors.get(name)
         if value is not None and value.shape == ours.shape and _usable(name, value, model.config):
-            usable[name] = value.to(ours)
+            both_float = value.is_floating_point() and ours.is_floating_point()
+            usable[name] = value.to(ours.device) if both_float else value.to(ours)  # a float's dtype says how exact it is
     routing = {name: value for name, value in usable.items() if name.endswith(".router.index")}
     free = capture(model, prompt, routing if pin_routing else None)
     forced = capture(model, prompt, usable)
@@ -141,7 +142,7 @@ class _Side:
     model: torch.nn.Module
     prompt: object
     theirs: Theirs
-    usable: dict  # {tap: their value}, of our shape, dtype and device
+    usable: dict  # {tap: their value}, of our shape and device
     routing: dict  # those of them that are the router's indices
     free: dict
     forced: dict
