@@ -81,12 +81,14 @@ class Difference:
 def cast(op, arguments, dtype):
     """The arguments with their floating tensors in `dtype`; those that the op keeps fixed stay, except in float64.
 
-    The release stores some tensors in bfloat16 (int4 scales); float64 takes those along too, exactly.
+    The release stores some tensors in bfloat16 (int4 scales); float64 takes those along too, exactly. The order becomes
+    that of the op: callers pass the values by position, and Hypothesis draws dicts in any order.
     """
     moves = lambda name: dtype == torch.float64 or name not in op.fixed  # noqa: E731
+    values = {name: arguments[name] for name in op.arguments}
     return {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() and moves(name) else value
-        for name, value in arguments.items()
+        for name, value in values.items()
     }
 
 

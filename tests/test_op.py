@@ -89,11 +89,16 @@ def test_numbers_strings_and_lists():
 
 
 def test_cast_moves_what_is_not_fixed_and_float64_moves_all():
-    op = Op("f", "", "", lambda x, s, i: x, st.none(), ("y",), fixed=("s",))
+    op = Op("f", "", "", lambda x, s, i, n: x, st.none(), ("y",), fixed=("s",))
     arguments = {"x": torch.ones(1), "s": torch.ones(1), "i": torch.ones(1, dtype=torch.int64), "n": 3}
     kinds = lambda dtype: [getattr(v, "dtype", None) for v in cast(op, arguments, dtype).values()]  # noqa: E731
     assert kinds(torch.bfloat16) == [torch.bfloat16, torch.float32, torch.int64, None]
     assert kinds(torch.float64) == [torch.float64, torch.float64, torch.int64, None]
+
+
+def test_cast_puts_the_arguments_in_the_order_of_the_op():
+    op = Op("f", "", "", lambda x, n: x, st.none(), ("y",))
+    assert list(cast(op, {"n": 3, "x": torch.ones(1)}, torch.float32)) == ["x", "n"]
 
 
 @given(st.data())
