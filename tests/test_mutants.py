@@ -136,7 +136,7 @@ def test_a_survivor_and_a_false_alarm_are_told(monkeypatch, capsys):
 
     op = OPS["rms_norm"]
     harmless = dataclasses.replace(op.suspects[0], name="harmless", wrong=op.reference)
-    spoiled = dataclasses.replace(op, suspects=(harmless,), twins={"spoiled": op.suspects[0].wrong})
+    spoiled = dataclasses.replace(op, suspects=(harmless,), twins={"spoiled": op.suspects[0].wrong}, variants={})
     monkeypatch.setitem(OPS, "rms_norm", spoiled)
     assert [trial.verdict for trial in try_op(spoiled)] == ["survived", "false alarm"]
     assert oracle.main(["mutants", "--ops", "rms_norm"]) == 1
