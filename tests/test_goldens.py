@@ -1,0 +1,1 @@
+"""Claims about goldens.py. Run: .venv/bin/python -m pytest tests/test_goldens.py"""
