@@ -8,11 +8,11 @@
 Points of an op, in these parts, scaled so that an exercise has 100:
 
     1  shape and dtype                right form on every input
-    1  contract                       arguments left alone, the same answer twice
+    1  contract                       raises nothing, leaves its arguments alone, answers the same twice
     6  values                         the share of inputs answered right, in each dtype
     3  gradients                      the same, where the op has gradients
-    4  known mistakes                 for each Suspect: right on an input on which that mistake shows, or wrong by
-                                      exactly another one
+    4  known mistakes                 for each Suspect: right on an input on which that mistake shows, or wrong there
+                                      by exactly another one
 
 The student's file runs in a sandbox without the reference; an attempt to import or read it is refused and said.
 
@@ -21,6 +21,7 @@ add_grade_arguments, grade.
 Tests: pytest tests/test_classroom.py
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -41,6 +42,8 @@ from op import describe
 from sandbox import Function, Limits, Sandbox
 
 EXAMPLES = 25  # inputs per op and dtype
+DTYPES = (torch.float32, torch.bfloat16)  # nobody is asked for float64: "in float32" is a fair reading of a report
+EXPLAINED = 12  # wrong answers, the smallest ones, that are compared with those of known mistakes
 BUDGET = 10  # calls of full length that one op may take, all its inputs together
 
 
@@ -146,6 +149,10 @@ class _Student:
         return complaint
 
 
+def _dtypes(op):
+    return [dtype for dtype in op.dtypes if dtype in DTYPES] or list(op.dtypes[:1])
+
+
 def _draw(op, count, seed):
     """`count` inputs of an op, the same for the same seed, the simplest first."""
     drawn = []
@@ -163,7 +170,7 @@ def _draw(op, count, seed):
 
 def _answers(op, student, examples, seed):
     """Put inputs in every dtype to the student; after one that hangs or an op that is not written, ask no more."""
-    inputs = [(dtype, arguments) for dtype in op.dtypes for arguments in _draw(op, examples, seed)]
+    inputs = [(dtype, arguments) for dtype in _dtypes(op) for arguments in _draw(op, examples, seed)]
     answers, stopped = [], ""
     for dtype, arguments in inputs:
         record = None
@@ -190,18 +197,20 @@ def _properties(op, answers, suspect):
     forms = ("shape", "dtype", "type", "missing")
     misshapen = [d for d in differences if d.kind in forms and not d.what.startswith("gradient")]
     add("shape and dtype", 1, not (silent or broken or misshapen), misshapen[0].words if misshapen else "")
-    add("contract: arguments left alone, the same answer twice", 1, not (silent or broken))
-    for dtype in op.dtypes:
+    add("contract: raises nothing, leaves its arguments alone, answers the same twice", 1, not (silent or broken))
+    for dtype in _dtypes(op):
         mine = [a for a in answers if a.dtype == dtype]
         right = sum(a.level > 0 for a in mine)
-        title = f"values in {_name(dtype)}" if len(op.dtypes) > 1 or op.differentiable else "values"
-        add(title, Fraction(6, len(op.dtypes)), Fraction(right, len(mine)), _share(right, mine))
+        title = f"values in {_name(dtype)}" if len(_dtypes(op)) > 1 else "values"
+        add(title, Fraction(6, len(_dtypes(op))), Fraction(right, len(mine)), _share(right, mine))
     if op.differentiable:
         right = sum(a.level == 2 for a in answers)
         add("gradients of " + ", ".join(op.differentiable), 3, Fraction(right, len(answers)), _share(right, answers))
+    ruled_out = _ruled_out(op, answers, suspect)
     for known in op.suspects:
-        avoided = not differences and not silent or (suspect and suspect != known.name) or _shown(op, known, answers)
-        add(f"known mistake: {known.cause}", Fraction(4, len(op.suspects)), bool(avoided))
+        detail = "made" if suspect == known.name else "not ruled out"
+        title = f"known mistake: {known.cause}"
+        add(title, Fraction(4, len(op.suspects)), known.name in ruled_out, detail)
     return found
 
 
@@ -210,15 +219,39 @@ def _share(right, answers):
     return f"right on {right} of {len(answers)} inputs" if asked else ""
 
 
-def _shown(op, suspect, answers):
-    """Whether some input shows that the student does not make this mistake: right where the mistake is wrong."""
-    wrong = twin(suspect.wrong)
-    for answer in answers:
-        if answer.level:
-            record = judge(op, wrong, answer.arguments, answer.dtype)
-            if _Answer(answer.dtype, answer.arguments, record).level < answer.level:
-                return True
-    return False
+def _ruled_out(op, answers, diagnosed):
+    """Names of the known mistakes that the student does not make. diagnosed: name of the one that is made, or "".
+
+    An input shows it on which the mistake gives something wrong and the student either is right or is wrong by
+    exactly the diagnosed mistake and not by this one.
+    """
+    if all(answer.level == 2 for answer in answers):
+        return {suspect.name for suspect in op.suspects}
+    names, looked_at = set(), 0
+    for answer in sorted((a for a in answers if not a.complaint), key=lambda a: (-a.level, _size(a))):
+        looked_at += answer.level == 0
+        if looked_at > EXPLAINED:
+            break
+        levels = {s.name: _level(op, s, answer) for s in op.suspects if s.name not in names}
+        names |= {name for name, level in levels.items() if level < answer.level}
+        same = {s.name for s in op.suspects if answer.level < 2 and diagnosed and _is_same(op, s, answer)}
+        if diagnosed in same:
+            names |= {name for name, level in levels.items() if level < 2 and name not in same}
+    return names
+
+
+def _level(op, suspect, answer):
+    """The level that a known mistake reaches on an input."""
+    return _Answer(answer.dtype, answer.arguments, judge(op, twin(suspect.wrong), answer.arguments, answer.dtype)).level
+
+
+def _is_same(op, suspect, answer):
+    """Whether a wrong answer is the one that this mistake gives: it would be right if the mistake were the reference."""
+    replay = lambda *_: answer.record.outcome  # noqa: E731
+    try:
+        return judge(dataclasses.replace(op, reference=suspect.wrong), replay, answer.arguments, answer.dtype) is None
+    except Exception:  # the mistake is one that raises
+        return False
 
 
 def _size(answer):
@@ -231,7 +264,7 @@ def _hints(op, answers):
     stopped = next((a.complaint for a in answers if a.complaint), "")
     if stopped:
         return [(1, f"{op.name} {stopped}")], ""
-    wrong = sorted((a for a in answers if a.record), key=_size)
+    wrong = sorted((a for a in answers if a.record), key=lambda a: (a.level, _dtypes(op).index(a.dtype), _size(a)))
     if not wrong:
         return [], ""
     record = wrong[0].record
@@ -255,7 +288,7 @@ def _symptom(op, wrong, answers):
         return f"the values are right and the {difference.what} is not"
     values = [a for a in wrong if a.level == 0]
     words = f"the values differ on {len(values)} of {len(answers)} inputs"
-    right = [_name(dtype) for dtype in op.dtypes if dtype not in {a.dtype for a in values}]
+    right = [_name(dtype) for dtype in _dtypes(op) if dtype not in {a.dtype for a in values}]
     return words + (f", though never in {' or '.join(right)}" if right else "")
 
 
@@ -280,7 +313,7 @@ def grade_source(text, filename, exercise, sandbox, examples=EXAMPLES, seed=0):
         op, student = OPS[name], _Student(sandbox)
         if reply.status != "ok" or name not in reply.value:
             missing = "" if reply.status != "ok" else "is not defined"
-            answers = [_Answer(dtype, {}, None, missing or "cannot be imported") for dtype in op.dtypes]
+            answers = [_Answer(dtype, {}, None, missing or "cannot be imported") for dtype in _dtypes(op)]
             found, suspect = ([(1, f"{name} {missing}")] if missing else []), ""
         else:
             answers = _answers(op, student, examples, seed)
