@@ -105,15 +105,14 @@ def trace_prompt(model, prompt, theirs, pin_routing=False):
     model: K25; prompt: Prompt; theirs: Theirs; pin_routing: the free run uses their experts. Returns a list of Row, in
     execution order.
     """
-    usable = {}
-    shapes = {name: tap.output for name, tap in capture(model, prompt).items()}
-    for name, ours in shapes.items():
-        value = theirs.tensors.get(name)
+    free, usable = capture(model, prompt), {}
+    for name, tap in free.items():
+        value, ours = theirs.tensors.get(name), tap.output
         if value is not None and value.shape == ours.shape and _usable(name, value, model.config):
             both_float = value.is_floating_point() and ours.is_floating_point()
             usable[name] = value.to(ours.device) if both_float else value.to(ours)  # a float's dtype says how exact it is
     routing = {name: value for name, value in usable.items() if name.endswith(".router.index")}
-    free = capture(model, prompt, routing if pin_routing else None)
+    free = capture(model, prompt, routing) if pin_routing else free
     forced = capture(model, prompt, usable)
     side = _Side(model, prompt, theirs, usable, routing, free, forced, pin_routing)
     rows, absent, since = [], [], 0  # absent: missing taps so far; since: how many of them directly before this one
@@ -147,6 +146,7 @@ class _Side:
     free: dict
     forced: dict
     pin_routing: bool
+    known: dict = field(default_factory=dict)  # {op: what explained its first divergence}
 
     def row(self, tap, absent, since):
         """Compare one tap. absent: missing taps before it; since: how many of them directly before it."""
@@ -169,7 +169,7 @@ class _Side:
         loose = (OPS[tap.op].loose if tap.op in OPS else 1.0) * math.sqrt(1 + since)
         difference = _difference(*own, loose)
         if difference and tap.output.is_floating_point():  # forgive the rounding that our own operation suffers
-            exact = self._aligned(name, _evaluate(tap, self._inputs(tap), torch.float64).to(expected.device), self.routing)
+            exact = self._aligned(name, _evaluate(tap, self._inputs(tap), torch.float64), self.routing)
             difference = _difference(*own, loose, exact[1])
         differs = _difference(*free, loose)
         max_abs, error = _gap(*free)
@@ -265,25 +265,30 @@ class _Side:
         return " — or: ".join(found) if found else pattern(*pair)
 
     def _suspects(self, tap, absent, loose):
-        """The causes whose wrong code gives their output: of this op, else of an operation whose tap is missing."""
+        """The causes whose wrong code gives their output: of this op, else of an operation whose tap is missing.
+
+        A later divergence of the same op is only asked whether it is what explained the first one.
+        """
+        own = [(tap.op, suspect) for suspect in OPS[tap.op].suspects] if tap.op in OPS else []
+        ops = dict.fromkeys(self.forced[name].op for name in reversed(absent))
+        others = [(op, suspect) for op in ops if op in OPS for suspect in OPS[op].suspects]
         found = []
-        for suspect in OPS[tap.op].suspects if tap.op in OPS else ():
-            try:
-                result = _call(tap.op, suspect.wrong, self._inputs(tap).values(), tap)
-            except Exception:  # noqa: BLE001 - a wrong function may fail in any way
-                continue
-            if self._explained(tap, result, loose):
-                found.append(_told(suspect))
-        for op in () if found else dict.fromkeys(self.forced[name].op for name in reversed(absent)):
-            for suspect in OPS[op].suspects if op in OPS else ():
-                replaced = {op: lambda *values, op=op, wrong=suspect.wrong: _results(op, wrong, values)}
-                try:
-                    result = capture(self.model, self.prompt, self.usable, replaced)[tap.name].output
-                except Exception:  # noqa: BLE001
-                    continue
-                if self._explained(tap, result, loose):
-                    found.append(f"{op}: {_told(suspect)}")
-        return found
+        for candidates in [self.known[tap.op]] if tap.op in self.known else [own, others]:
+            found = found or [(op, suspect) for op, suspect in candidates if self._gives(op, suspect, tap, loose)]
+        self.known.setdefault(tap.op, found)
+        return [_told(suspect) if op == tap.op else f"{op}: {_told(suspect)}" for op, suspect in found]
+
+    def _gives(self, op, suspect, tap, loose):
+        """Whether a suspect gives their output: from its own inputs, or as an operation whose tap is missing."""
+        try:
+            if op == tap.op:
+                result = _call(op, suspect.wrong, self._inputs(tap).values(), tap)
+            else:
+                replaced = {op: lambda *values: _results(op, suspect.wrong, values)}
+                result = capture(self.model, self.prompt, self.usable, replaced, tap.name)[tap.name].output
+        except Exception:  # noqa: BLE001 - a wrong function may fail in any way
+            return False
+        return self._explained(tap, result, loose)
 
     def _explained(self, tap, result, loose):
         if result.shape != tap.output.shape:
@@ -322,7 +327,8 @@ def _results(op, function, values):
 
 
 def _call(op, function, values, tap):
-    return torch.as_tensor(_results(op, function, values)[tap.result], device=tap.output.device)
+    result = _results(op, function, values)[tap.result]
+    return result if isinstance(result, torch.Tensor) else torch.tensor(result, dtype=tap.output.dtype)
 
 
 def _evaluate(tap, inputs, dtype=None):
@@ -450,9 +456,9 @@ def _moved(theirs, ours):
     near, place = distance.min(dim=1)
     if near.max() > 1e-3 * ours.abs().max() * math.sqrt(ours[0].numel()) or len(place.unique()) < count:
         return None
-    if count % 2 == 0 and torch.equal(place, interleaved_to_half_split(count)):
+    if count % 2 == 0 and count > 4 and torch.equal(place, interleaved_to_half_split(count)):
         return "even slices first, then odd ones (halves where adjacent pairs were expected)"
-    if count % 2 == 0 and torch.equal(place.argsort(), interleaved_to_half_split(count)):
+    if count % 2 == 0 and count > 4 and torch.equal(place.argsort(), interleaved_to_half_split(count)):
         return "first and second half interleaved (adjacent pairs where halves were expected)"
     return f"slices in another order, {_few(place.tolist())},"
 
@@ -533,7 +539,7 @@ def _prompts(asked, config, seed, other):
     prompts, recorded = standard_prompts(config, seed), {}
     if isinstance(other, _Directory):
         recorded = {name: told.prompt or prompts.get(name) for name, told in other.recordings.items()}
-        asked = asked or ",".join(recorded)
+        asked = asked or ",".join([name for name in prompts if name in recorded] + sorted(recorded.keys() - prompts.keys()))
     known = recorded or prompts
     names = [name.strip() for name in (asked or PROMPTS).split(",")]
     for name in names:
@@ -547,29 +553,31 @@ def _prompts(asked, config, seed, other):
 # --------------------------------------------------------------------------------------------- report
 
 
-def plot(path, traced):
-    """Draw error by depth, one panel for each prompt. traced: {prompt: list of Row}."""
+def plot(path, traced, dtype):
+    """Draw error by depth, one panel for each prompt. traced: {prompt: list of Row}; dtype: whose tolerance is shown."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(len(traced), 1, figsize=(11, 1 + 2.6 * len(traced)), squeeze=False, layout="constrained")
+    floor = 1e-6 * TOLERANCE[dtype]  # stands for 0 too
     for panel, (name, rows) in zip(panels[:, 0], traced.items()):
-        floor = 1e-10
-        for label, style in (("error", "o-"), ("own", "x:")):
+        for label, style in (("error", ".-"), ("own", "x")):
             points = [(i, max(getattr(row, label), floor)) for i, row in enumerate(rows) if math.isfinite(getattr(row, label))]
-            panel.plot(*zip(*points), style, markersize=3, linewidth=1, label=label) if points else None
+            shown = [point for point in points if label == "error" or point[1] > floor]
+            panel.plot([i for i, _ in shown], [value for _, value in shown], style, markersize=4, linewidth=1, label=label)
+        panel.axhline(TOLERANCE[dtype], color="grey", linewidth=0.8, linestyle="--", label="tolerance")
         wrong = [i for i, row in enumerate(rows) if row.diverges]
         for i in wrong:
             panel.axvline(i, color="tab:red", linewidth=0.8, alpha=0.6, label="diverges" if i == wrong[0] else None)
         begins = _beginnings(rows)
         panel.set_xticks(list(begins), list(begins.values()), rotation=30, ha="right", fontsize=7)
-        panel.set(yscale="log", ylim=(floor / 2, None), ylabel="relative error")
+        panel.set(yscale="log", ylim=(floor / 2, 1e2), ylabel="relative error")
         title = f"{name}: first divergence at {rows[wrong[0]].tap}" if wrong else f"{name}: no operation diverges"
         panel.set_title(title, fontsize=9)
         panel.grid(axis="y", alpha=0.3)
-        panel.legend(fontsize=7, loc="upper left")
+        panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -596,7 +604,9 @@ def _show(name, prompt, rows, all_rows):
             print(f"          its inputs agree and its output does not: {row.words}\n          probable cause: {row.cause}")
             if not all_rows:
                 return
-    if not any(row.diverges for row in rows):
+    if all(row.status == "MISSING" for row in rows):
+        print("nothing to compare")
+    elif not any(row.diverges for row in rows):
         print("no operation diverges" + (": what differs is inherited rounding" if any(r.status == "DIFF" for r in rows) else ""))
 
 
@@ -637,13 +647,15 @@ def main(options):
             print(f"not compared, no taps: {', '.join(strangers[:5])}{' …' if len(strangers) > 5 else ''}")
         _show(name, prompt, rows, options.all)
         traced[name] = rows
+    if all(row.status == "MISSING" for rows in traced.values() for row in rows):
+        raise DivergenceError("nothing could be compared: every tap is missing")
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     report = {"checkpoint": str(options.checkpoint), "against": str(options.against), "dtype": options.dtype,
               "seed": options.seed, "pin_routing": options.pin_routing, "torch": torch.__version__, "notes": other.notes,
               "prompts": {name: [_as_json(row) for row in rows] for name, rows in traced.items()}}  # fmt: skip
     write_file(out / "trace.json", json.dumps(report, indent=1) + "\n")
-    plot(out / "trace.png", traced)
+    plot(out / "trace.png", traced, dtype)
     wrong = {name: next((row for row in rows if row.diverges), None) for name, rows in traced.items()}
     print()
     for name, row in wrong.items():

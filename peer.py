@@ -100,31 +100,41 @@ class Peer:
 
     @torch.no_grad()
     def capture(self, prompt):
-        """Run a prompt. Returns {tap: output}, {tap: {argument: weight}} and {tap or beginning of taps: why missing}."""
+        """Run a prompt. Returns {tap: output}, {tap: {argument: weight}} and {tap or beginning of taps: why missing}.
+
+        Where the public path cannot run media, items go one by one; what still cannot run is missing from there on.
+        """
+        if prompt.patches is not None and self.tower is None:
+            return {}, {}, {"": f"{type(self.model).__name__} has no vision tower"}
         watch, missing = _Watch(self), {}
-        device = self.model.lm_head.weight.device
-        ids, grids = prompt.ids.to(device), prompt.grid_thw
         try:
-            if prompt.patches is None:
-                self.model(input_ids=ids, use_cache=False)
-            elif self.tower is None:
-                return {}, {}, {"": f"{type(self.model).__name__} has no vision tower"}
-            else:
-                side = self.tower.config.patch_size
-                pixels = prompt.patches.to(device, self.model.dtype).unflatten(1, (3, side, side))  # (L,3,p,p)
-                try:
-                    self.model(input_ids=ids, pixel_values=pixels, image_grid_thw=grids.to(device), use_cache=False)
-                except (RuntimeError, ValueError) as error:
-                    watch.forget()
-                    self._by_items(ids, pixels, grids.to(device))
-                    reason = " ".join(str(error).split())[:120]
-                    missing["decoder.spliced"] = f"{self.library} cannot run this prompt ({reason}): item by item instead"
+            self._run(prompt, watch, missing)
+        except Exception as error:  # noqa: BLE001 - their code may fail in any way, and that is what is to be told
+            missing[""] = self._cannot(error)
         finally:
             watch.end()
         taps = watch.taps()
         if prompt.patches is None or missing:  # then what enters the decoder was not spliced by transformers
             taps.pop("decoder.spliced", None)
         return taps, watch.weights, missing
+
+    def _cannot(self, error):
+        return f"{self.library} cannot run this prompt ({' '.join(str(error).split())[:120]})"
+
+    def _run(self, prompt, watch, missing):
+        device = self.model.lm_head.weight.device
+        ids = prompt.ids.to(device)
+        if prompt.patches is None:
+            self.model(input_ids=ids, use_cache=False)
+            return
+        side, grids = self.tower.config.patch_size, prompt.grid_thw.to(device)
+        pixels = prompt.patches.to(device, self.model.dtype).unflatten(1, (3, side, side))  # (L,3,p,p)
+        try:
+            self.model(input_ids=ids, pixel_values=pixels, image_grid_thw=grids, use_cache=False)
+        except Exception as error:  # noqa: BLE001
+            watch.forget()
+            missing["decoder.spliced"] = f"{self._cannot(error)}: item by item instead"
+            self._by_items(ids, pixels, grids)
 
     def _by_items(self, ids, pixels, grids):
         """Each item alone through tower and projector, spliced here, then the decoder."""
@@ -161,10 +171,10 @@ class _Watch:
     def taps(self):
         """{tap: output}; items that ran one after another are put together along their first dimension."""
         found = {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in self.found.items()}
-        for name in [name for name in found if name.endswith(".q_part")]:
-            block = name.removesuffix(".q_part")
-            found[f"{block}.qkv"] = torch.cat([found.pop(f"{block}.{part}_part") for part in "qkv"], dim=1)  # (L,3D)
-        return found
+        for name in [name for name in found if name.endswith(".v_part")]:  # the last of the three
+            block = name.removesuffix(".v_part")
+            found[f"{block}.qkv"] = torch.cat([found[f"{block}.{part}_part"] for part in "qkv"], dim=1)  # (L,3D)
+        return {name: value for name, value in found.items() if not name.endswith("_part")}
 
     def _keep(self, name, value):
         self.found.setdefault(name, []).append(value)

@@ -63,6 +63,7 @@ K chosen, F MLP width, U vocabulary, L patches, I items (and layers, in the tabl
 G vision head dim, M merged media tokens.     Tests: pytest tests/test_taps.py
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -169,12 +170,16 @@ class Tap:
     result: int = 0
 
 
+class _Reached(Exception):
+    """The tap is there after which nothing was asked for."""
+
+
 class _Recorder:
     """Collects taps in execution order and hands on either what was computed or what is pinned."""
 
-    def __init__(self, model, pinned, replaced):
+    def __init__(self, model, pinned, replaced, until):
         self.keys = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
-        self.pinned, self.replaced = pinned or {}, replaced or {}
+        self.pinned, self.replaced, self.until = pinned or {}, replaced or {}, until
         self.taps = {}
 
     def __call__(self, name, op, output, result=0, **inputs):
@@ -183,6 +188,8 @@ class _Recorder:
             output = torch.as_tensor(given[result] if isinstance(given, tuple) else given).to(output)
         weights = {argument: self.keys[id(value)] for argument, value in inputs.items() if id(value) in self.keys}
         self.taps[name] = Tap(name, op, inputs, output, weights, result)
+        if name == self.until:
+            raise _Reached
         if name not in self.pinned:
             return output
         value = self.pinned[name]
@@ -192,21 +199,23 @@ class _Recorder:
 
 
 @torch.no_grad()
-def capture(model, prompt, pinned=None, replaced=None):
+def capture(model, prompt, pinned=None, replaced=None, until=None):
     """Run one prompt through a K25 and keep every operation.
 
     model: K25; prompt: Prompt; pinned: {tap name: tensor} — what later operations get in place of our own output;
-    replaced: {op: function of the op's arguments} — computes that op, wherever it occurs, in place of ours.
+    replaced: {op: function of the op's arguments} — computes that op, wherever it occurs, in place of ours; until: name
+    of the last tap that is wanted, None for all.
     Returns {name: Tap} in execution order. Raises TapsError for a prompt that does not fit or a pinned value of another
     shape.
     """
     _check(prompt, model.config)
     head = model.language_model.lm_head.weight
-    tap = _Recorder(model, pinned, replaced)
-    media = None
-    if prompt.patches is not None:
-        media = _vision(model, prompt.patches.to(head.device), prompt.grid_thw, tap)
-    _decoder(model, prompt.ids.to(head.device), media, tap)
+    tap = _Recorder(model, pinned, replaced, until)
+    with contextlib.suppress(_Reached):
+        media = None
+        if prompt.patches is not None:
+            media = _vision(model, prompt.patches.to(head.device), prompt.grid_thw, tap)
+        _decoder(model, prompt.ids.to(head.device), media, tap)
     return tap.taps
 
 
