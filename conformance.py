@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, Phase
 
 import ops_attention
 import ops_experts
+import ops_int4
 import ops_media
 import ops_rope
 import ops_text
@@ -34,7 +35,7 @@ import ops_vision
 from adapter import Outcome, once, run
 from op import Difference, Op, cast, compare, describe
 
-_MODULES = (ops_attention, ops_rope, ops_experts, ops_training, ops_media, ops_vision, ops_text)
+_MODULES = (ops_attention, ops_rope, ops_experts, ops_int4, ops_training, ops_media, ops_vision, ops_text)
 OPS: dict[str, Op] = {op.name: op for module in _MODULES for op in module.OPS}
 
 MOST_EXAMPLES = 25
