@@ -23,11 +23,11 @@ import torch
 
 from adapter import Outcome
 from checkpoint import CheckpointError, load_tensors, save_tensors, write_file
-from conformance import OPS, Record, diagnose, question
+from conformance import OPS, Record, diagnose, judge, question, twin
 from op import NUMBER_TOLERANCE, TOLERANCE, Difference
 from op import compare as compare_values
 
-DRAWN = 48  # inputs drawn for an op, of which its cases are chosen
+DRAWN = 100  # inputs drawn for an op, of which its cases are chosen
 ROUNDING = 10  # times the reference's own error: what rounding may make of another program's result
 WEIGHTS = {"weight", "bias", "q_b", "kv_b", "gate", "up", "down", "packed", "scale", "head", "table"}  # arguments
 
@@ -58,10 +58,11 @@ def draw(cases, seed, count):
     return found
 
 
-def choose(examples, count):
-    """`count` of the examples, each the one that shows most of what none before it showed: corners come first.
+def choose(op, examples, count):
+    """The examples that become cases: `count` that show much, and as many more as it takes to expose every suspect.
 
-    examples: list of dicts argument → value. Returns a list.
+    op: Op; examples: list of dicts argument → value. Each of the first shows most of what none before it shows, so that
+    corners come first. Returns a list.
     """
     shown, chosen, left = set(), [], [(example, set(_features("", example))) for example in examples]
     while left and len(chosen) < count:
@@ -69,6 +70,12 @@ def choose(examples, count):
         example, features = left.pop(best)
         chosen.append(example)
         shown |= features
+    rest = [example for example, _ in left]
+    for suspect in op.suspects:
+        caller = twin(suspect.wrong)
+        exposing = next((e for e in [*chosen, *rest] if judge(op, caller, e, op.dtypes[0])), None)
+        if exposing is not None and not any(exposing is example for example in chosen):
+            chosen.append(exposing)
     return chosen
 
 
@@ -180,7 +187,7 @@ def write_op(op, folder, seed, count):
     op: Op; folder: path; seed: int; count: inputs, each in every dtype of the op but float64. Returns the op's entry in
     the manifest. Raises GoldenError when its strategy gives no input.
     """
-    examples = choose(draw(op.cases, f"{seed} {op.name}", DRAWN), count)
+    examples = choose(op, draw(op.cases, f"{seed} {op.name}", DRAWN), count)
     if not examples:
         raise GoldenError(f"{op.name}: its strategy gave no input for seed {seed}")
     cases = {}

@@ -72,8 +72,8 @@ MODELS  (with --model) manifest.json: models -> fp32, bf16, int4. model/FORMAT/c
         Write model/FORMAT/taps/PROMPT.safetensors with those taps that you have, in any float dtype, and
         model/FORMAT/greedy.json as {"PROMPT": {"tokens": [...], "logprobs": [...]}}.
         bf16 and int4 were computed in bfloat16. There, rounding may choose the other of two nearly tied experts
-        (near_ties); nothing after that is compared. To compare all, use the experts of our ...router.index, with
-        weights from your own scores. A token may be that of runners_up where the margin is at most "tie"; nothing
+        (near_ties); nothing after that is compared. To compare all, use, and write, the experts of our
+        ...router.index, with weights from your own scores. A token may be that of runners_up where the margin is at most "tie"; nothing
         after it is compared.
 """
 
