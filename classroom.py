@@ -99,11 +99,13 @@ class _Answer:
 
 def open_sandbox(seconds=10.0, memory_mb=2048):
     """A Sandbox in which the adapter is defined and the project cannot be reached."""
-    modules = [path.stem for path in ROOT.glob("*.py")]
-    return Sandbox(
-        Limits(seconds=seconds, memory_mb=memory_mb), preload=("torch", "numpy"), hidden=(ROOT,),
-        trusted={"adapter": (ROOT / "adapter.py").read_text(encoding="utf-8")}, banned=(*modules, "transformers"),
-    )  # fmt: skip
+    trusted = {
+        "adapter": (ROOT / "adapter.py").read_text(encoding="utf-8"),
+        "rehearsal": "import adapter\nwith adapter.poisoned():\n    pass\n",  # what it imports late takes seconds
+    }
+    banned = [path.stem for path in ROOT.glob("*.py")] + ["transformers"]
+    limits = Limits(seconds=seconds, memory_mb=memory_mb)
+    return Sandbox(limits, preload=("torch", "numpy"), trusted=trusted, hidden=(ROOT,), banned=banned)
 
 
 class _Student:
@@ -246,7 +248,7 @@ def _level(op, suspect, answer):
 
 
 def _is_same(op, suspect, answer):
-    """Whether a wrong answer is the one that this mistake gives: it would be right if the mistake were the reference."""
+    """Whether a wrong answer is the one that this mistake gives, right if the mistake were the reference."""
     replay = lambda *_: answer.record.outcome  # noqa: E731
     try:
         return judge(dataclasses.replace(op, reference=suspect.wrong), replay, answer.arguments, answer.dtype) is None

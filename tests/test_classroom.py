@@ -5,6 +5,7 @@ Run: .venv/bin/python -m pytest tests/test_classroom.py
 
 import argparse
 import ast
+import contextlib
 import inspect
 import json
 import pathlib
@@ -266,10 +267,10 @@ def test_an_endless_loop_is_one_line_and_costs_only_its_op(sandbox):
             while True: pass
         def swiglu(x, gate, up, down): return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
     ''')
-    with open_sandbox(seconds=1) as impatient:
+    with open_sandbox(seconds=2) as impatient:
         result = grade_source(text, "mine.py", find_exercise("moe"), impatient, 2)
     assert result.points() == 50
-    assert "experts is not finished after 1 s" in texts(result, 1).splitlines()
+    assert "experts is not finished after 2 s" in texts(result, 1).splitlines()
 
 
 def test_a_slow_op_is_ended_after_its_budget(sandbox, monkeypatch):
@@ -362,7 +363,8 @@ def test_a_grade_is_printed_and_written(tmp_path, capsys):
     assert {hint["level"] for hint in written["hints"]} == {1, 2}
 
 
-def test_full_points_are_exit_code_0_and_a_stub_gets_a_friendly_word(tmp_path, capsys):
+def test_full_points_are_exit_code_0_and_a_stub_gets_a_friendly_word(tmp_path, capsys, monkeypatch, sandbox):
+    monkeypatch.setattr(classroom, "open_sandbox", lambda *_: contextlib.nullcontext(sandbox))
     path = tmp_path / "mine.py"
     path.write_text(NORM)
     assert run("grade", path, "--examples", 3) == 0
