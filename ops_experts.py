@@ -465,7 +465,7 @@ OPS = (
             Suspect("softmax", "the scores are a softmax over the experts instead of sigmoids",
                     _scored(lambda x, w: (_wide(x) @ _wide(w).T).softmax(1))),
             Suspect("scores_in_bf16", "the scores are computed in bfloat16, where experts tie; they need float32",
-                    _scored(lambda x, w: _wide(torch.sigmoid(x @ w.T)))),
+                    _scored(lambda x, w: torch.sigmoid(x.bfloat16() @ w.bfloat16().T).to(_wide(x).dtype))),
             Suspect("not_normalized", "the weights are not divided by their sum", _not_normalized),
             Suspect("normalized_over_all", "the weights are divided by the sum over all experts, not over the chosen",
                     _normalized_over_all),
