@@ -15,7 +15,7 @@ Rounding that grows, or a near-tie of the router that falls the other way, is in
 The cause of a divergence is sought in the weights and numbers that entered it, then among the op's suspects: the one
 that gives their output from their inputs. Where taps are missing, the suspects of the missing operations are tried too.
 
-Public names: DivergenceError, Theirs, Row, open_theirs, trace_prompt, pattern, plot, add_arguments, main.
+Public names: DivergenceError, Theirs, Row, open_theirs, trace_prompt, plot, add_arguments, main.
 Letters: B batch, T tokens, L patches, A vision heads, H heads, K chosen experts.     Tests: pytest tests/test_divergence.py
 """
 
@@ -33,8 +33,8 @@ from checkpoint import write_file
 from conformance import OPS
 from k25 import load
 from op import TOLERANCE, compare
+from patterns import pattern, shape_pattern, shape_text
 from peer import Peer
-from mla import interleaved_to_half_split
 from taps import capture, read_taps, standard_prompts
 
 PROMPTS = "text,image,clip"
@@ -156,8 +156,8 @@ class _Side:
             return Row(name, tap.op, "MISSING", note=why[0] if why else "")
         value = self.theirs.tensors[name]
         if value.shape != tap.output.shape:
-            words = f"shape {_shape(value)}, expected {_shape(tap.output)}"
-            return Row(name, tap.op, "SHAPE", diverges=True, words=words, cause=_shape_cause(value, tap.output), note=words)
+            words = f"shape {shape_text(value)}, expected {shape_text(tap.output)}"
+            return Row(name, tap.op, "SHAPE", diverges=True, words=words, cause=shape_pattern(value, tap.output), note=words)
         if name not in self.usable:
             words = f"{value.dtype} from {value.min()} to {value.max()}: an expert's number was expected"
             return Row(name, tap.op, "DIFF", diverges=True, words=words, cause="no indices of experts", note=words)
@@ -176,6 +176,10 @@ class _Side:
         row = Row(name, tap.op, "DIFF" if differs or difference else "OK", error, max_abs, _gap(*own)[1])
         if difference is None:
             return dataclasses.replace(row, note="inherited" if differs else "")
+        tied = self._tied(absent[len(absent) - since :], own[1])  # tokens
+        if tied is not None and not tied.all() and _difference(*(a.flatten(0, -2) * ~tied for a in own), loose) is None:
+            note = f"near-tie: {int(tied.sum())} tokens may have gone to other experts; their router.index is not told"
+            return dataclasses.replace(row, note=note)
         cause = self._cause(tap, absent, own, loose)
         return dataclasses.replace(row, diverges=True, words=difference.words, cause=cause)
 
@@ -187,8 +191,8 @@ class _Side:
             if not isinstance(ours, torch.Tensor):
                 continue
             if value.shape != ours.shape:
-                words = f"shape {_shape(value)}, expected {_shape(ours)}"
-                rows.append(Row(name, "input", "SHAPE", diverges=True, words=words, cause=_shape_cause(value, ours), note=words))
+                words = f"shape {shape_text(value)}, expected {shape_text(ours)}"
+                rows.append(Row(name, "input", "SHAPE", diverges=True, words=words, cause=shape_pattern(value, ours), note=words))
             elif difference := _difference(value.to(ours.device), ours, 2.0):
                 max_abs, error = _gap(value.to(ours), ours)
                 cause = "this input is not what the taps before it give: a step between them, or a wrong connection"
@@ -233,9 +237,7 @@ class _Side:
         if not flips.any() and not own.any():
             return Row(tap.name, tap.op, "OK", 0.0, 0.0, 0.0)
         margins = _margins(tap, self.usable[tap.name])  # (T,)
-        x = tap.inputs["x"]
-        near = TOLERANCE.get(x.dtype, TOLERANCE[torch.bfloat16]) if since else TOLERANCE[torch.float32]
-        wrong = own & (margins > near)
+        wrong = own & (margins > (self._coarseness() if since else TOLERANCE[torch.float32]))
         row = Row(tap.name, tap.op, "DIFF", share, float(flips.sum()), own.double().mean().item())
         if wrong.any():
             words = f"{int(wrong.sum())} of {tokens} tokens go to other experts, by margins of the score up to {margins[own].max():.1e}"
@@ -247,6 +249,21 @@ class _Side:
             margins = _margins(self.free[tap.name], self.usable[tap.name])
             note = f"inherited: {int(flips.sum())} of {tokens} tokens flipped, margins up to {margins[flips].max():.1e}"
         return dataclasses.replace(row, note=note)
+
+    def _tied(self, absent, value):
+        """Tokens that a rounding may send to other experts in a router whose index is missing: (T,1) bool, or None.
+
+        absent: the missing taps directly before; value: (...,C), compared token by token.
+        """
+        routers = [self.forced[name] for name in absent if name.endswith(".router.index")]
+        if len(routers) != 1 or value.ndim < 2 or len(routers[0].output) != value.shape[:-1].numel():
+            return None
+        return (_margins(routers[0]) <= self._coarseness())[:, None]
+
+    def _coarseness(self):
+        """The tolerance of the coarsest floats that they gave."""
+        floats = [value.dtype for value in self.usable.values() if value.is_floating_point()]
+        return max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in floats)
 
     def _cause(self, tap, absent, pair, loose):
         """Why their output of an operation is wrong; pair: their value and ours, aligned."""
@@ -343,22 +360,28 @@ def _evaluate(tap, inputs, dtype=None):
     return result if dtype is not None else result.to(tap.output.dtype)
 
 
-def _margins(tap, index):
-    """By how much each token's choice differs: the least gap of biased scores (or of group scores) that a rounding must
-    bridge to turn our choice into theirs. tap: of a router's index; index: (T,K) theirs. Returns (T,) float64."""
+def _margins(tap, index=None):
+    """By how much each token's experts were chosen: the least gap that a rounding must bridge, (T,) float64.
+
+    tap: of a router's index; index: (T,K) — the choice that the rounding would make; None: any other choice.
+    """
     x, weight, bias = (tap.inputs[name].double() for name in ("x", "weight", "bias"))
+    top_k, n_group, topk_group = (tap.inputs[name] for name in ("top_k", "n_group", "topk_group"))
     scores = torch.sigmoid(x @ weight.T) + bias  # (T,E)
-    ours, theirs = (torch.zeros_like(scores, dtype=torch.bool).scatter(1, i, True) for i in (tap.output, index))
-    lost = scores.masked_fill(~(ours & ~theirs), math.inf).amin(dim=1)  # (T,) the weakest that they left out
+    groups = scores.unflatten(1, (n_group, -1))  # (T,n_group,E/n_group)
+    group_scores = groups.topk(min(2, groups.shape[2]), dim=2).values.sum(dim=2)  # (T,n_group)
+    ranked, order = group_scores.sort(dim=1, descending=True)
+    ours = torch.zeros_like(scores, dtype=torch.bool).scatter(1, tap.output, True)
+    if index is None:  # every expert of the kept groups might have been taken
+        dropped = torch.zeros_like(group_scores, dtype=torch.bool).scatter(1, order[:, topk_group:], True)
+        theirs = ~ours & ~dropped.repeat_interleave(groups.shape[2], dim=1)
+        lost = scores.masked_fill(~ours, math.inf).amin(dim=1)
+    else:
+        theirs = torch.zeros_like(ours).scatter(1, index, True)
+        lost = scores.masked_fill(~(ours & ~theirs), math.inf).amin(dim=1)  # (T,) the weakest that they left out
     won = scores.masked_fill(~(theirs & ~ours), -math.inf).amax(dim=1)  # (T,) the strongest that they took instead
     margins = (lost - won).abs()
-    if (n_group := tap.inputs["n_group"]) > 1:
-        groups = scores.unflatten(1, (n_group, -1))
-        groups = groups.topk(min(2, groups.shape[2]), dim=2).values.sum(dim=2).sort(dim=1, descending=True).values
-        kept = tap.inputs["topk_group"]
-        if kept < n_group:
-            margins = torch.minimum(margins, groups[:, kept - 1] - groups[:, kept])
-    return margins
+    return margins if topk_group == n_group else torch.minimum(margins, ranked[:, topk_group - 1] - ranked[:, topk_group])
 
 
 def _numbers_that_differ(ours, theirs):
@@ -375,7 +398,7 @@ def _weights_that_differ(tap, weights):
         if theirs is None or (theirs.shape == ours.shape and torch.equal(theirs.to(ours), ours)):
             continue
         if theirs.shape != ours.shape:
-            lines.append(f"weight {key} has shape {_shape(theirs)} there and {_shape(ours)} here")
+            lines.append(f"weight {key} has shape {shape_text(theirs)} there and {shape_text(ours)} here")
             continue
         swapped[argument] = theirs.to(ours)
         lines.append(f"weight {key} differs, max-abs {_gap(swapped[argument], ours)[0]:.3e}")
@@ -384,87 +407,6 @@ def _weights_that_differ(tap, weights):
 
 def _told(suspect):
     return suspect.cause + (f" ({suspect.seen})" if suspect.seen else "")
-
-
-def _shape(tensor):
-    return "(" + ",".join(map(str, tensor.shape)) + ")"
-
-
-def _shape_cause(theirs, ours):
-    """What a tensor of another shape may be."""
-    if theirs.numel() != ours.numel():
-        return "another number of values"
-    if _alike(theirs.flatten(), ours.flatten()):
-        return "the right values, to be written in the shape that the table of taps.py names"
-    if theirs.ndim == ours.ndim and theirs.ndim > 1:
-        for i in range(theirs.ndim):
-            for j in range(i):
-                swapped = theirs.transpose(i, j)
-                if swapped.shape == ours.shape and _alike(swapped, ours):
-                    return f"axes {j} and {i} are transposed"
-    return "as many values, in another shape and order"
-
-
-def _alike(theirs, ours):
-    scale = ours.double().abs().max().item()
-    return torch.allclose(theirs.double().to(ours.device), ours.double(), rtol=1e-3, atol=1e-4 * scale)
-
-
-def pattern(theirs, ours):
-    """What wrong numbers look like when no suspect gives them. theirs, ours: of one shape. Returns words."""
-    if not theirs.is_floating_point():
-        return f"{(theirs != ours).double().mean():.0%} of the values differ"
-    theirs, ours = theirs.double().cpu(), ours.double().cpu()
-    if not theirs.isfinite().all():
-        return f"{(~theirs.isfinite()).double().mean():.0%} of the values are infinite or no number"
-    ratio = theirs[ours != 0] / ours[ours != 0]
-    if len(ratio) > 1 and ratio.std() < 1e-3 * ratio.mean().abs():
-        if abs(ratio.mean() - 1) > 1e-3:
-            return f"every value is {ratio.mean():.6g} times what it should be: a factor is missing or applied twice"
-    if (gap := (theirs - ours).abs()).max() <= 2**-8 * ours.abs().max() and (gap <= 2**-7 * ours.abs()).double().mean() > 0.9:
-        return "right to about 8 bits: something is rounded to bfloat16 on the way"
-    for i in range(ours.ndim):
-        for j in range(i):
-            if ours.shape[i] == ours.shape[j] > 1 and _alike(theirs.transpose(i, j), ours):
-                return f"axes {j} and {i} are transposed"
-    for axis in range(ours.ndim):
-        if found := _moved(theirs.movedim(axis, 0), ours.movedim(axis, 0)):
-            return f"{found} along axis {axis}"
-    if _alike(theirs.flatten().sort().values, ours.flatten().sort().values):
-        return "the right values in the wrong places"
-    for axis in range(ours.ndim):
-        bad = (gap.movedim(axis, 0).flatten(1).amax(dim=1) > 1e-3 * ours.abs().max()) if ours.ndim else gap > 0
-        if 0 < bad.sum() < len(bad):
-            where = bad.nonzero()[:, 0].tolist()
-            if not bad[0] and bad[1:].all():
-                return f"the first of axis {axis} is right and all others are wrong: it depends on the position"
-            return f"wrong only at {_few(where)} of axis {axis}"
-    return f"unknown; {(gap > 1e-3 * ours.abs().max()).double().mean():.0%} of the values are wrong"
-
-
-def _moved(theirs, ours):
-    """How the slices of the first axis were moved, in words, or None."""
-    count = len(ours)
-    if not 1 < count <= 4096:
-        return None
-    for step in (1, -1):
-        kept = slice(1, None) if step > 0 else slice(None, -1)
-        source = slice(None, -1) if step > 0 else slice(1, None)
-        if count > 2 and _alike(theirs[kept], ours[source]):
-            return f"off by one position ({'late' if step > 0 else 'early'})"
-    distance = torch.cdist(theirs.flatten(1), ours.flatten(1))  # (count,count)
-    near, place = distance.min(dim=1)
-    if near.max() > 1e-3 * ours.abs().max() * math.sqrt(ours[0].numel()) or len(place.unique()) < count:
-        return None
-    if count % 2 == 0 and count > 4 and torch.equal(place, interleaved_to_half_split(count)):
-        return "even slices first, then odd ones (halves where adjacent pairs were expected)"
-    if count % 2 == 0 and count > 4 and torch.equal(place.argsort(), interleaved_to_half_split(count)):
-        return "first and second half interleaved (adjacent pairs where halves were expected)"
-    return f"slices in another order, {_few(place.tolist())},"
-
-
-def _few(numbers):
-    return str(numbers if len(numbers) <= 12 else numbers[:12] + ["…"]).replace("'", "")
 
 
 # ------------------------------------------------------------------------------------------ the other side

@@ -74,14 +74,14 @@ class Peer:
         transformers = _transformers()
         transformers.utils.logging.disable_progress_bar()
         directory, self.notes = pathlib.Path(directory), []
-        self.library = f"transformers {transformers.__version__}"
+        self.version = f"transformers {transformers.__version__}"
         try:
             told = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise PeerError(f"{directory / 'config.json'} cannot be read: {error}") from None
         if "vt_hidden_size" in told.get("vision_config", {}):
             config = peer_config(K25Config.from_json(told))
-            self.notes.append(f"{self.library} ignores the released vt_* names of the vision config: spelled out for it")
+            self.notes.append(f"{self.version} ignores the released vt_* names of the vision config: spelled out for it")
         else:
             config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         kind = "Kimi_K25ForConditionalGeneration" if told.get("vision_config") else "DeepseekV3ForCausalLM"
@@ -119,7 +119,7 @@ class Peer:
         return taps, watch.weights, missing
 
     def _cannot(self, error):
-        return f"{self.library} cannot run this prompt ({' '.join(str(error).split())[:120]})"
+        return f"{self.version} cannot run this prompt ({' '.join(str(error).split())[:120]})"
 
     def _run(self, prompt, watch, missing):
         device = self.model.lm_head.weight.device

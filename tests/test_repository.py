@@ -19,7 +19,7 @@ DOCS = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items()}
 
 # Each module may import only what stands before it.
 ORDER = ("moe media pictures optim tokenizer template vit3d example texts scenes sources manifest mla checkpoint "
-         "generate k25 data evaluate report adapter op ops_rope ops_attention ops_int4 ops_experts ops_training ops_media "
+         "generate k25 data evaluate report adapter op patterns ops_rope ops_attention ops_int4 ops_experts ops_training ops_media "
          "ops_vision ops_text tinygrad_twins sandbox conformance taps goldens peer divergence mutants defects exercises "
          "classroom bench oracle "
          "train_small").split()  # fmt: skip
