@@ -345,7 +345,10 @@ def _bias_cases(draw):
 def _loss_cases(draw):
     batch, tokens, n_experts = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(2, 5))
     top_k = draw(st.integers(1, min(n_experts, 3)))
-    valid = normal(draw, batch, tokens) > 0.5 if draw(st.booleans()) else None  # often a sequence is all padding
+    padding = draw(st.sampled_from([None, "some", "a sequence"]))
+    valid = normal(draw, batch, tokens) > 0 if padding else None
+    if padding == "a sequence":
+        valid[-1] = False
     index = _choices(draw, batch * tokens, n_experts, top_k).view(batch, tokens, top_k)
     return {"scores": normal(draw, batch, tokens, n_experts).sigmoid(), "index": index, "valid": valid}
 
