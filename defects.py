@@ -22,7 +22,7 @@ import torch
 from checkpoint import load_tensors
 from k25 import K25, K25Config, save
 from mla import Yarn
-from peer import Peer, PeerError
+from peer import Peer, PeerError, import_transformers
 from vit3d import VisionConfig
 
 IMAGE, CLIP = (1, 2, 4), (2, 2, 4)  # grids: frames, rows and columns of patches
@@ -81,10 +81,8 @@ def _mixed(ours, peer, directory):
 
 
 def _field_names(ours, peer, directory):
-    from transformers import AutoConfig
-
     told = json.loads((directory / "config.json").read_text())["vision_config"]
-    read = AutoConfig.from_pretrained(directory, local_files_only=True).vision_config
+    read = import_transformers().AutoConfig.from_pretrained(directory, local_files_only=True).vision_config
     wrong = [f"{name} {told['vt_' + name]} → {getattr(read, name)}" for name in
              ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size")
              if getattr(read, name) != told["vt_" + name]]  # fmt: skip

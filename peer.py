@@ -7,7 +7,7 @@ released one — rotary pairs in halves, the patch as a picture — the tap is b
 transformers 5.23 ignores the released names of the vision config, so that its config is spelled out by `peer_config`;
 and it raises for clips of more than one frame, so that clips go item by item through its tower and projector.
 
-Public names: PeerError, Peer, peer_config.
+Public names: PeerError, Peer, peer_config, import_transformers.
 Letters: B batch, T tokens, C hidden, H heads, N/P nope/rope head dims, R latent rank, L patches, A vision heads,
 G vision head dim, M merged media tokens, K chosen experts, U vocabulary.     Tests: pytest tests/test_divergence.py
 """
@@ -32,7 +32,7 @@ class PeerError(ValueError):
 def peer_config(config):
     """A K25Config as transformers spells it. Raises PeerError where this transformers has no Kimi K2.5."""
     text, vision = config.to_json()["text_config"], config.vision
-    transformers = _transformers()
+    transformers = import_transformers()
     if not hasattr(transformers, "Kimi_K25Config"):
         raise PeerError(f"transformers {transformers.__version__} has no Kimi K2.5: install 5.23 or later")
     return transformers.Kimi_K25Config(
@@ -56,7 +56,8 @@ def peer_config(config):
     )
 
 
-def _transformers():
+def import_transformers():
+    """The transformers library. Raises PeerError where it is not installed."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
@@ -71,7 +72,7 @@ class Peer:
     """
 
     def __init__(self, directory, dtype=torch.float32, device="cpu"):
-        transformers = _transformers()
+        transformers = import_transformers()
         transformers.utils.logging.disable_progress_bar()
         directory, self.notes = pathlib.Path(directory), []
         self.version = f"transformers {transformers.__version__}"
