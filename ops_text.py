@@ -18,9 +18,10 @@ from template import ARGUMENT_BEGIN, CALL_BEGIN, CALL_END, SECTION_BEGIN, SECTIO
 _TEXT = st.lists(st.sampled_from(["Hi", " ", "\n", "é 漢字 🙂", "{x}}", "<b>", '"q"', "a.b:0"]), max_size=3).map("".join)
 _NAMES = st.sampled_from(["f", "get_weather", "mcp.read-file"])
 _ARGUMENTS = st.sampled_from(
-    ["{}", '{"q": "é 漢"}', '{"a": {"b": [1, {"c": 2}]}}', '{"html":"<b>x</b>"}', '{"code": "if (x) { y }"}', '{"x":1.50}']
+    ["{}", '{"q": "é 漢"}', '{"a": {"b": [1, {"c": 2}]}}', '{"html":"<b>x</b>"}', '{"code": "if (x < y) { z }"}', '{"x":1.50}']
 )  # fmt: skip
 _PARTS = st.sampled_from([{"type": "image"}, {"type": "video"}, {"type": "text", "text": "Look: "}])
+_FLAWS = st.sampled_from([(), ("id", "json"), ("again",), ("id", "cut"), ("json", "again"), ("id", "again")])
 _REASONING = st.sampled_from([{"reasoning_content": "Think {twice}."}, {}, {"reasoning_content": " 想\n"}])
 
 
@@ -240,32 +241,32 @@ def parse(text, thinking):
 
 @st.composite
 def _parse_cases(draw):
-    thinking, flaw = draw(st.sampled_from([True, False, True])), draw(st.sampled_from([None, "json", "id", "again", "cut"]))
-    text = ("<think>" if thinking else "<think></think>") if draw(st.booleans()) else ""
+    kind, flaws = draw(st.sampled_from(["instant", "closed", "closed twice", "open"])), draw(_FLAWS)
+    thinking = kind != "instant"
+    text = ("<think>" if thinking else "<think></think>") if draw(st.sampled_from([False, True, False, False])) else ""
     if thinking:
-        text += draw(_TEXT) + draw(st.sampled_from(["", _call("functions.f:0", "{}"), ""]))
-    if not thinking or draw(st.sampled_from([True, True, True, False])):
-        text += ("</think>" if thinking else "") + draw(_TEXT) + draw(st.sampled_from(["", "a </think> b", ""]))
-        text += _section(draw, flaw)
-    return {"text": text + draw(st.sampled_from([TURN_END, ""] if flaw != "cut" else [""])), "thinking": thinking}
+        text += draw(st.sampled_from(["Well. ", "", "\n"])) + draw(st.sampled_from(["", _call("functions.f:0", "{}")]))
+    if kind != "open":
+        text += ("</think>" if thinking else "") + draw(_TEXT) + (" </think>" if kind == "closed twice" else "")
+        text += _section(draw, flaws)
+    return {"text": text + draw(st.sampled_from([TURN_END, ""] if "cut" not in flaws else [""])), "thinking": thinking}
 
 
 def _call(call_id, arguments):
     return CALL_BEGIN + call_id + ARGUMENT_BEGIN + arguments + CALL_END
 
 
-def _section(draw, flaw):
-    """Tool calls, one of them with the flaw, and the text after them."""
-    first, number = draw(st.integers(0, 2)), draw(st.sampled_from([2, 1, 0] if flaw is None else [1, 2]))
+def _section(draw, flaws):
+    """Tool calls, some of them with a flaw, and the text after them."""
+    first, number = draw(st.integers(0, 2)), draw(st.sampled_from([2, 1] if flaws else [2, 1, 0]))
     calls = [_call(f"functions.{draw(_NAMES)}:{first + i}", draw(_ARGUMENTS)) for i in range(number)]
-    if flaw == "json":
-        broken = draw(st.sampled_from(['{"a": ', "[1]"]))
-        calls.insert(draw(st.integers(0, number)), _call("functions.f:9", broken))
-    elif flaw == "id":
-        calls.insert(draw(st.integers(0, number)), _call(draw(st.sampled_from(["call_8f3a", "f:9"])), "{}"))
-    elif flaw == "again":
+    if "again" in flaws:
         calls.append(_call(f"functions.g:{first}", "{}"))
-    elif flaw == "cut":
+    if "json" in flaws:
+        calls.insert(draw(st.integers(0, number)), _call("functions.f:8", draw(st.sampled_from(['{"a": ', "[1]"]))))
+    if "id" in flaws:
+        calls.insert(draw(st.integers(0, number)), _call(draw(st.sampled_from(["call_8f3a", "f:9"])), "{}"))
+    if "cut" in flaws:
         return SECTION_BEGIN + "".join(calls) + _call("functions.f:9", '{"a": 1}')[: -len(CALL_END) - draw(st.integers(0, 3))]
     between = draw(st.sampled_from(["", "\n"]))
     return SECTION_BEGIN + between.join(calls) + SECTION_END + draw(_TEXT) if calls else ""
