@@ -34,6 +34,7 @@ import ops_training
 import ops_vision
 from adapter import Outcome, once, run
 from op import Difference, Op, cast, compare, describe
+from patterns import pattern, shape_pattern
 
 _MODULES = (ops_attention, ops_rope, ops_experts, ops_int4, ops_training, ops_media, ops_vision, ops_text)
 OPS: dict[str, Op] = {op.name: op for module in _MODULES for op in module.OPS}
@@ -378,21 +379,14 @@ def _pattern(record):
         return difference.words
     if difference.kind == "nan":
         return "reads memory that it never wrote, or divides 0 by 0 (NaN)"
-    if difference.kind in ("shape", "dtype", "type", "gradient"):
-        return f"the {difference.kind} alone; no value was compared"
     kind, _, name = difference.what.rpartition(" ")
     group = "gradients" if kind.startswith("gradient") else "outputs"
     got, want = getattr(record.outcome, group)[name], getattr(record.truth, group)[name]
-    if not (_floats(got) and _floats(want)):
-        return "unknown; compare the two values above by hand"
-    got, want = got.double().flatten(), want.double().flatten()
-    ratio = got[want != 0] / want[want != 0]
-    if len(ratio) > 1 and ratio.std() < 1e-3 * ratio.abs().mean():
-        return f"every value is {ratio.mean():.6g} times what it should be: a factor is missing or applied twice"
-    if len(got) > 1 and torch.allclose(got.sort().values, want.sort().values, rtol=1e-3, atol=1e-5):
-        return "the right values in the wrong places: a permuted or transposed axis"
-    bad = ((got - want).abs() > 1e-3 * want.abs().max()).double().mean().item()
-    return f"unknown; {bad:.0%} of the values are wrong"
+    if difference.kind == "shape":
+        return shape_pattern(got, want)
+    if difference.kind == "value" and _floats(got) and _floats(want):
+        return pattern(got, want)
+    return f"the {difference.kind} alone"
 
 
 # A whole implementation

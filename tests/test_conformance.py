@@ -275,7 +275,7 @@ def test_the_suspect_with_the_same_numbers_is_named_and_no_other():
     "function, words",
     [
         (lambda x, w: 0.5 * double(x, w), "0.5 times"),
-        (lambda x, w: double(x, w).flip(0), "wrong places"),
+        (lambda x, w: double(x, w).flip(0), "another order"),
         (lambda x, w: double(x, w) + x**2, "of the values are wrong"),
     ],
 )
