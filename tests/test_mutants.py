@@ -25,7 +25,7 @@ def rms_norm(x, weight, eps):
     centred = x - x.mean(-1, keepdims=True)
     return (centred / np.sqrt((centred ** 2).mean(-1, keepdims=True) + np.float32(eps)) * weight).astype(x.dtype)
 """),
-    ("rope", "half", """
+    ("rope", "pairs (i, i+P/2)", """
 import torch
 def rope(x, cos, sin):
     half = x.shape[-1] // 2
@@ -68,7 +68,7 @@ def int4_pack(weight):
     groups = weight.reshape(o, i // 32, 32)
     scale = (groups.abs().max(-1).values / 7.5).bfloat16()
     d = torch.where(scale == 0, 1, scale.float())
-    codes = (torch.clamp(torch.round(groups / d[..., None]), -7, 7) + 8).int().reshape(o, i // 8, 8)
+    codes = (torch.clamp(torch.round(groups / d[..., None]), -8, 7) + 8).int().reshape(o, i // 8, 8)
     packed = torch.zeros(o, i // 8, dtype=torch.int64)
     for j in range(8):
         packed |= codes[..., j].long() << (4 * j)
