@@ -293,9 +293,15 @@ def _first_difference(case, ours, yours):
 
 def _record(entry, case, ours, yours, difference):
     """The wrong answer as `diagnose` wants it."""
-    arguments = {name: ours.get(f"input.{name}", told.get("value")) for name, told in case["arguments"].items()}
+    arguments = {name: ours[f"input.{name}"] if f"input.{name}" in ours else _setting(told["value"])
+                 for name, told in case["arguments"].items()}  # fmt: skip
     wide = {name: value.double() if isinstance(value, torch.Tensor) else value for name, value in ours.items()}
     return Record(arguments, _outcome(entry, yours), difference, _outcome(entry, wide))
+
+
+def _setting(value):
+    """A plain argument as it was before JSON, which has no tuples: the grids of media are (t,h,w)."""
+    return [tuple(item) if isinstance(item, list) else item for item in value] if isinstance(value, list) else value
 
 
 def _outcome(entry, values):

@@ -68,13 +68,17 @@ SAFETENSORS
 MODELS  (with --model) manifest.json: models -> fp32, bf16, int4. model/FORMAT/checkpoint is in the released layout; int4
         has experts as weight_packed, weight_scale, weight_shape. model/FORMAT/taps/PROMPT.safetensors holds prompt.ids,
         prompt.patches, prompt.grid_thw and the result of every operation, named as in taps.json, which tells the op;
-        model/FORMAT/greedy.json the greedy answers (no token stops them) with log-probabilities.
-        Write model/FORMAT/taps/PROMPT.safetensors with those taps that you have, in any float dtype, and
+        model/FORMAT/greedy.json the greedy answers (no token stops them) with log-probabilities. Whatever the weights
+        are stored in, all was computed in float32.
+        Write model/FORMAT/taps/PROMPT.safetensors with those taps that you have, and
         model/FORMAT/greedy.json as {"PROMPT": {"tokens": [...], "logprobs": [...]}}.
-        bf16 and int4 were computed in bfloat16. There, rounding may choose the other of two nearly tied experts
-        (near_ties); nothing after that is compared. To compare all, use, and write, the experts of our
-        ...router.index, with weights from your own scores. A token may be that of runners_up where the margin is at most "tie"; nothing
-        after it is compared.
+        "rivals" are other tokens with the lead of ours over each. A token may be a rival whose lead is at most "tie" of the
+        manifest; nothing after it is compared.
+
+        If you compute in bfloat16: the wider numbers under "bfloat16" hold when one of your taps is BF16, and for answers
+        when greedy.json also says "computed_in": "bfloat16". Rounding may then choose the other of two nearly tied experts
+        (near_ties); nothing after that is compared. To compare all, use, and write, the experts of our ...router.index,
+        with weights from your own scores.
 """
 
 

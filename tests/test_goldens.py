@@ -24,11 +24,12 @@ from safetensors.torch import load_file, save_file
 import golden_cases
 import golden_models
 import goldens
+from adapter import run
 from conformance import OPS
 from golden_cases import GoldenError, choose, draw
 from k25 import K25, K25Config, generate, load, sizes
 from op import Op, Suspect
-from taps import capture, read_taps, write_taps
+from taps import capture, read_taps
 
 ROOT = pathlib.Path(goldens.__file__).parent
 NAMES = ("rms_norm", "swiglu", "softmax_scale", "timestamp", "load_counts")
@@ -39,7 +40,8 @@ MODEL_FORMATS = ("fp32", "bf16", "int4")
 def written(tmp_path_factory):
     """A golden directory of a few ops and the tiny model. Tests do not change it."""
     directory = tmp_path_factory.mktemp("goldens") / "golden"
-    assert command(goldens.golden, goldens.add_golden_arguments, "--out", directory, "--ops", ",".join(NAMES), "--model", "tiny") == 0
+    flags = ("--out", directory, "--ops", ",".join(NAMES), "--model", "tiny")
+    assert command(goldens.golden, goldens.add_golden_arguments, *flags) == 0
     return directory
 
 
@@ -389,16 +391,61 @@ def test_impossible_options_leave_everything_as_it_was(tmp_path, flags, message)
     assert [path.name for path in tmp_path.iterdir()] == ["letters"] and (tmp_path / "letters" / "a").read_text() == "dear"
 
 
+# Every operation
+
+
+@pytest.fixture(scope="module")
+def all_ops(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("all") / "golden"
+    goldens.write_goldens(directory, list(OPS), count=1)
+    return directory
+
+
+def tupled(value):
+    return [tuple(item) if isinstance(item, list) else item for item in value] if isinstance(value, list) else value
+
+
+def verdicts_on(function, name, golden, theirs):
+    """What is found about one op, answered by a function of torch tensors."""
+    entry = manifest_of(golden)["ops"][name]
+    (theirs / "ops").mkdir(parents=True)
+    for case in entry["cases"].values():
+        tensors = load_file(golden / case["tensors"]) if "tensors" in case else {}
+        arguments = {n: tensors.get(f"input.{n}", tupled(told.get("value"))) for n, told in case["arguments"].items()}
+        cotangents = {n.removeprefix("cotangent."): t for n, t in tensors.items() if n.startswith("cotangent.")}
+        outcome = run(function, arguments, entry["outputs"], entry["differentiable"] if cotangents else (), cotangents)
+        answer = {f"output.{n}": value for n, value in outcome.outputs.items()}
+        answer |= {f"gradient.{n}": value for n, value in outcome.gradients.items()}
+        if "plain" in case:
+            (theirs / case["plain"]).write_text(json.dumps(answer))
+        else:
+            save_file({n: t.contiguous().clone() for n, t in answer.items() if t is not None}, theirs / case["tensors"])
+    return golden_cases.compare_op(name, entry, golden, theirs)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_op_is_written_so_that_right_passes_and_wrong_is_named(all_ops, tmp_path, name):
+    """The other functions that compute it pass; its first suspect is caught and named from the files."""
+    others = list((OPS[name].twins | OPS[name].variants).items())[:2]
+    for label, function in others or [("reference", OPS[name].reference)]:
+        found = verdicts_on(function, name, all_ops, tmp_path / label)
+        assert all(verdict.status == "OK" for verdict in found), [v.text() for v in found if v.status != "OK"]
+    suspect = OPS[name].suspects[0]
+    wrong = [verdict for verdict in verdicts_on(suspect.wrong, name, all_ops, tmp_path / "wrong") if verdict.wrong]
+    assert wrong and all(suspect.cause in verdict.cause for verdict in wrong)
+
+
 # Whole models
 
 
-def loaded(written, name, **runtime):
+def loaded(written, name, dtype=torch.float32, **runtime):
     entry = manifest_of(written)["models"][name]
-    return load(written / entry["checkpoint"], **runtime), read_taps(written / entry["taps"])
+    return load(written / entry["checkpoint"], dtype=dtype, **runtime), read_taps(written / entry["taps"])
 
 
 @pytest.mark.parametrize("name", MODEL_FORMATS)
 def test_taps_and_answers_come_again_from_the_written_checkpoint(written, name):
+    """Bit by bit, in float32 whatever the weights are stored in."""
     model, recorded = loaded(written, name)
     answers = json.loads((written / f"model/{name}/greedy.json").read_text())
     assert recorded.keys() == answers.keys() == {"text", "image", "clip", "mixed"}
@@ -430,34 +477,57 @@ def test_the_three_formats_hold_one_model(written):
     assert not torch.equal(logits["int4"], logits["bf16"])
 
 
-def answer_as(model, written, name, theirs, **options):
-    """Write a program's taps and answers from a model of ours, free to route as it likes."""
-    recorded = read_taps(written / f"model/{name}/taps")
-    captured = {n: (r.prompt, capture(model, r.prompt, **options)) for n, r in recorded.items()}
-    write_taps(theirs / f"model/{name}/taps", captured)
-    answers = {n: generate(model, p.ids.tolist(), p.patches, p.grid_thw, max_new_tokens=12)[0] for n, (p, _) in captured.items()}
-    told = {n: {"tokens": list(a.ids), "logprobs": list(a.logprobs)} for n, a in answers.items()}
+def answer_as(model, written, name, theirs, pin=False, **options):
+    """Write a program's taps and answers from a model of ours; pin: with the routing that was written."""
+    recorded, coarse = read_taps(written / f"model/{name}/taps"), model.language_model.lm_head.weight.dtype == torch.bfloat16
+    told = {"computed_in": "bfloat16"} if coarse else {}
+    (theirs / f"model/{name}/taps").mkdir(parents=True)
+    for prompt_name, recording in recorded.items():
+        prompt = recording.prompt
+        pins = {n: value for n, value in recording.tensors.items() if pin and n.endswith("router.index")}
+        taps = {n: tap.output for n, tap in capture(model, prompt, pins, **options).items()} | pins
+        save_file({n: tap.contiguous() for n, tap in taps.items()}, theirs / f"model/{name}/taps/{prompt_name}.safetensors")
+        answer = generate(model, prompt.ids.tolist(), prompt.patches, prompt.grid_thw, max_new_tokens=12)[0]
+        told[prompt_name] = {"tokens": list(answer.ids), "logprobs": list(answer.logprobs)}
     (theirs / f"model/{name}/greedy.json").write_text(json.dumps(told))
+    return [verdict for verdict in verdicts(written, theirs).values() if verdict.case.startswith(f"model.{name}.")]
 
 
 @pytest.mark.parametrize("name", MODEL_FORMATS)
 def test_another_order_of_summation_passes(written, tmp_path, name):
-    model, _ = loaded(written, name, impl="reference")
-    answer_as(model, written, name, tmp_path)
-    found = [v for v in verdicts(written, tmp_path).values() if v.case.startswith(f"model.{name}.")]
+    found = answer_as(loaded(written, name, impl="reference")[0], written, name, tmp_path)
     assert len(found) == 8 and all(v.status == "OK" for v in found), [v.text() for v in found if v.status != "OK"]
+    assert [v.words for v in found[4:]] == ["12 of 12 tokens"] * 4 and "88 of 88 taps compared" in found[1].words
 
 
-def test_a_program_that_computes_bf16_weights_in_float32_passes(written, tmp_path):
-    """Its taps are float32. The routing is ours, as the README asks."""
-    model, recorded = loaded(written, "bf16", dtype=torch.float32)
-    for prompt_name, recording in recorded.items():
-        pins = {n: value for n, value in recording.tensors.items() if n.endswith("router.index")}
-        taps = {n: tap.output for n, tap in capture(model, recording.prompt, pins).items()} | pins
-        (tmp_path / "model/bf16/taps").mkdir(parents=True, exist_ok=True)
-        save_file({n: tap.contiguous() for n, tap in taps.items()}, tmp_path / f"model/bf16/taps/{prompt_name}.safetensors")
-    found = verdicts(written, tmp_path)
-    assert [found[f"model.bf16.{n}"].status for n in recorded] == ["OK"] * 4, [v.text() for v in found.values() if v.wrong]
+@pytest.mark.parametrize("pin", [False, True])
+def test_a_program_that_computes_in_bfloat16_passes(written, tmp_path, pin):
+    found = answer_as(loaded(written, "int4", torch.bfloat16)[0], written, "int4", tmp_path, pin)
+    assert len(found) == 8 and all(v.status == "OK" for v in found), [v.text() for v in found if v.status != "OK"]
+    compared = [verdict.words for verdict in found[:4]]
+    assert all("taps compared as bfloat16" in words for words in compared)
+    assert any("near-ties chose other experts" in words for words in compared) != pin
+
+
+def test_bfloat16_is_no_excuse_for_a_program_that_does_not_say_so(written, tmp_path):
+    model, recorded = loaded(written, "fp32", torch.bfloat16)
+    (tmp_path / "model/fp32/taps").mkdir(parents=True)
+    taps = {name: tap.output.float() for name, tap in capture(model, recorded["text"].prompt).items()}
+    save_file(taps, tmp_path / "model/fp32/taps/text.safetensors")
+    assert verdicts(written, tmp_path)["model.fp32.text"].status == "DIFF"
+
+
+def test_swapped_nibbles_of_int4_show_in_the_answers_alone(written, tmp_path):
+    """Of a program that gives no taps."""
+    model, _ = loaded(written, "int4")
+    with torch.no_grad():
+        for block in model.language_model.model.layers[1:]:
+            for weight in block.mlp.experts.parameters():
+                weight.copy_(weight.unflatten(-1, (-1, 2)).flip(-1).flatten(-2))
+    answer_as(model, written, "int4", tmp_path)
+    shutil.rmtree(tmp_path / "model/int4/taps")
+    found = [v for v in verdicts(written, tmp_path).values() if v.case.startswith("model.int4.greedy.")]
+    assert [v.status for v in found] == ["DIFF"] * 4
 
 
 @pytest.mark.parametrize("op, suspect, tap", [
@@ -467,9 +537,7 @@ def test_a_program_that_computes_bf16_weights_in_float32_passes(written, tmp_pat
 ])  # fmt: skip
 def test_a_wrong_operation_in_a_model_is_found_and_named(written, tmp_path, op, suspect, tap):
     chosen = next(s for s in OPS[op].suspects if suspect in (None, s.name))
-    model, _ = loaded(written, "fp32")
-    answer_as(model, written, "fp32", tmp_path, replaced={op: chosen.wrong})
-    found = verdicts(written, tmp_path)["model.fp32.text"]
+    found = answer_as(loaded(written, "fp32")[0], written, "fp32", tmp_path, replaced={op: chosen.wrong})[0]
     assert found.status == "DIFF" and found.words.startswith(tap) and chosen.cause in found.cause
 
 
@@ -496,17 +564,23 @@ def test_the_order_of_chosen_experts_does_not_matter(written, theirs):
 
 def test_near_ties_may_choose_other_experts_and_no_other_token(written, theirs):
     name = "decoder.layers.1.router.index"
-    near = manifest_of(written)["models"]["bf16"]["prompts"]["text"]["taps"][name]["near_ties"]
-    assert 0 < len(near) < 20
-
-    def reroute(tensors, rows):
-        tensors[name][rows] = (tensors[name][rows] + 1) % 8
-
-    found = spoil(written, theirs, "bf16", lambda tensors: reroute(tensors, near))
-    assert found.status == "OK" and f"none after {name}: near-ties chose other experts" in found.words
+    rule = manifest_of(written)["models"]["bf16"]["prompts"]["text"]["taps"][name]
+    near = rule["bfloat16"]["near_ties"]
+    assert 0 < len(near) < 20 and not rule["near_ties"]
     clear = next(row for row in range(40) if row not in near)
-    found = spoil(written, theirs, "bf16", lambda tensors: reroute(tensors, [clear]))
+
+    def rerouted(rows, dtype):
+        def change_tensors(tensors):
+            tensors["decoder.embedded"] = tensors["decoder.embedded"].to(dtype)
+            tensors[name][rows] = (tensors[name][rows] + 1) % 8
+
+        return spoil(written, theirs, "bf16", change_tensors)
+
+    found = rerouted(near, torch.bfloat16)
+    assert found.status == "OK" and f"none after {name}: near-ties chose other experts" in found.words
+    found = rerouted([clear], torch.bfloat16)
     assert found.status == "DIFF" and f"other experts for 1 of 40 tokens; first for {clear}" in found.words
+    assert rerouted(near, torch.float32).status == "DIFF"
 
 
 def test_taps_of_other_names_are_told(written, theirs):
@@ -533,23 +607,23 @@ def test_greedy_tokens_may_differ_at_a_near_tie_alone(written, tmp_path):
         (tmp_path / name / file).parent.mkdir(parents=True)
     shutil.copy(written / "manifest.json", tmp_path / "golden")
 
-    def verdict(step, token, margin=None, **changes):
+    def verdict(step, token, lead=None, **changes):
         ours, yours = copy.deepcopy(told), copy.deepcopy(told)
         yours["text"]["tokens"][step] = token
         yours["text"] |= changes
-        if margin is not None:
-            ours["text"]["margins"][step] = margin
+        if lead is not None:
+            ours["text"]["rivals"][step][1][1] = lead
         (tmp_path / "golden" / file).write_text(json.dumps(ours))
         (tmp_path / "theirs" / file).write_text(json.dumps(yours))
         return verdicts(tmp_path / "golden", tmp_path / "theirs")["model.fp32.greedy.text"]
 
-    tokens, other = told["text"]["tokens"], told["text"]["runners_up"][5]
-    third = next(token for token in range(512) if token not in (tokens[5], other))
-    found = verdict(5, other)
-    assert found.status == "DIFF" and found.words.startswith(f"token 5 is {other}, expected {tokens[5]}, which leads {other} by")
-    found = verdict(5, other, margin=1e-6)
+    tokens, rivals = told["text"]["tokens"], [token for token, _ in told["text"]["rivals"][5]]
+    found = verdict(5, rivals[0])
+    expected = f"token 5 is {rivals[0]}, expected {tokens[5]}, which leads {rivals[0]} by"
+    assert found.status == "DIFF" and found.words.startswith(expected)
+    found = verdict(5, rivals[1], lead=1e-6)
     assert found.status == "OK" and found.words == "5 of 12 tokens, then a near-tie"
-    assert verdict(5, third, margin=1e-6).status == "DIFF"
+    assert verdict(5, rivals[2], lead=1e-6).status == "DIFF"
     logprobs = told["text"]["logprobs"]
     found = verdict(0, tokens[0], logprobs=[p + 1e-2 for p in logprobs])
     assert found.status == "DIFF" and found.words.startswith("logprobs: max-abs 1.0")
