@@ -30,8 +30,9 @@ from media import merged_tokens
 from moe import fake_quant
 from optim import MuonClip
 from sources import SOURCES
+from step import contrastive_loss, losses, train_step
 from tokenizer import Tokenizer
-from train_small import TrainConfig, TrainingError, losses, model_config, next_model, plan, train, train_step
+from train_small import TrainConfig, TrainingError, model_config, next_model, plan, train
 from vit3d import ContrastiveHead, VisionConfig, siglip_loss_reference
 
 MODEL = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -330,7 +331,7 @@ def test_the_contrastive_term_pairs_each_first_picture_with_the_mean_of_its_answ
         first += count
     assert len(images) == len(done) == 5
     expected = siglip_loss_reference(torch.stack(images), torch.stack(texts), head.log_scale, head.bias)
-    assert_close(train_small.contrastive_loss(model, batch, merged), expected, 1e-9)
+    assert_close(contrastive_loss(model, batch, merged), expected, 1e-9)
     results = [train_step(model, Recorder(model), [batch], dataclasses.replace(t, contrastive=w)) for w in (0.0, 0.5)]
     assert results[0].loss == results[1].loss == pytest.approx(float(per_token.detach().sum() / batch.loss_mask.sum()))
     assert results[0].grad_norm != results[1].grad_norm
