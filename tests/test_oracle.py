@@ -87,3 +87,14 @@ def test_the_whole_way_of_a_student(tmp_path):
         "    return weight * (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)).to(x.dtype)\n"))  # fmt: skip
     solved = program("grade", str(lesson))
     assert solved.returncode == 0 and "100" in solved.stdout, solved.stdout + solved.stderr
+
+
+def test_the_readmes_transcript_is_what_is_printed(tmp_path, capsys, monkeypatch):
+    """The module between `cat` and the command gives the lines below it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    source, _, rest = text.partition("$ cat my_kernels.py\n")[2].partition("\n$ python oracle.py ")
+    command, _, printed = rest.partition("```")[0].partition("\n")
+    (tmp_path / "my_kernels.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    assert oracle.main(command.split()) == 1
+    assert capsys.readouterr().out.strip() == printed.strip()
