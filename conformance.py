@@ -78,8 +78,9 @@ def load_implementation(source):
         if path.suffix == ".py" or path.is_file():
             if not path.is_file():
                 raise ConformanceError(f"no file {source}: give the path of a Python module or the name of one")
-            spec = importlib.util.spec_from_file_location(path.stem, path)
+            spec = importlib.util.spec_from_file_location(f"given_{path.stem}", path)  # a name that hides no module of ours
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # dataclasses look their module up there
             spec.loader.exec_module(module)
         else:
             sys.path.insert(0, "")

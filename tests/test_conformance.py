@@ -5,6 +5,7 @@ Run: .venv/bin/python -m pytest tests/test_conformance.py --impl my_kernels [--x
 """
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -101,6 +102,15 @@ WRONG = RIGHT.replace("wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt(
 def test_a_right_module_passes_and_the_rest_is_missing(tmp_path, capsys):
     code, out = run(capsys, "check", module(tmp_path, RIGHT))
     assert code == 0 and f"1 pass, {len(OPS) - 1} missing" in out, out
+
+
+def test_a_module_may_define_dataclasses_and_hides_no_module_of_ours(tmp_path, capsys):
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n" + RIGHT
+    path = tmp_path / "op.py"
+    path.write_text(text)
+    code, out = run(capsys, "check", str(path))
+    assert code == 0 and "1 pass" in out, out
+    assert hasattr(sys.modules["op"], "Suspect")
 
 
 def test_an_empty_module_is_missing_everywhere_and_fails_nowhere(tmp_path, capsys):
