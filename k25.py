@@ -303,9 +303,10 @@ class K25(nn.Module):
         Returns (hidden (B,T,C), Stats).
         """
         config, decoder = self.config, self.language_model.model
+        fresh = segment_ids is None and (cache is None or cache.length == 0)  # each row is one segment, from its start
         segment_ids, positions = _default_layout(x, segment_ids, positions, cache)
         keys = segment_ids if cache is None else cache.extend(segment_ids, positions)  # (B,S)
-        mask, valid = visibility(segment_ids, keys), segment_ids >= 0
+        mask, valid = None if fresh else visibility(segment_ids, keys), segment_ids >= 0
         table = rope_table(positions, config.qk_rope_head_dim, config.rope_theta, config.yarn,
                            torch.promote_types(x.dtype, torch.float32))  # fmt: skip
         largest, routers = [], []

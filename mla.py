@@ -124,10 +124,17 @@ def visibility(query_segments, key_segments):
     query_segments: (B,T) int64; key_segments: (B,S) int64. Returns (B,1,T,S) bool. Padding (segment −1)
     sees padding, so no row of the softmax is ever empty.
     """
-    tokens, keys = query_segments.shape[1], key_segments.shape[1]
-    query_index = torch.arange(keys - tokens, keys, device=key_segments.device)
-    past = query_index[:, None] >= torch.arange(keys, device=key_segments.device)  # (T,S)
-    return (past & (query_segments[:, :, None] == key_segments[:, None, :]))[:, None]  # (B,1,T,S)
+    past = _past(query_segments, key_segments)
+    return past & (query_segments[:, :, None] == key_segments[:, None, :])[:, None]  # (B,1,T,S)
+
+
+def _past(query, key, mask=None):
+    """The mask (1,1,T,S) bool of rows of one segment, from (B,T,...) queries and (B,S,...) keys; or `mask` if given."""
+    if mask is not None:
+        return mask
+    tokens, keys = query.shape[1], key.shape[1]
+    query_index = torch.arange(keys - tokens, keys, device=key.device)
+    return (query_index[:, None] >= torch.arange(keys, device=key.device))[None, None]
 
 
 def _expand(latent, rope_key, kv_b, heads, nope_dim):
@@ -143,10 +150,12 @@ def mla_attention_reference(q_nope, q_rope, latent, rope_key, kv_b, mask, scale)
     """MLA written out: expand keys and values of every head, one full softmax.
 
     q_nope: (B,T,H,N); q_rope: (B,T,H,P) — already rotated; latent: (B,S,R) — after its norm;
-    rope_key: (B,S,P) — rotated, shared by the heads; kv_b: (H·(N+V),R); mask: (B,1,T,S) bool;
-    scale: float. Returns (B,T,H·V). Source: K2.5 report 4.2; DeepSeek-V2 report 2.1.
+    rope_key: (B,S,P) — rotated, shared by the heads; kv_b: (H·(N+V),R); mask: (B,1,T,S) bool, or None where each
+    row is one segment, of which the queries are the last T tokens; scale: float. Returns (B,T,H·V).
+    Source: K2.5 report 4.2; DeepSeek-V2 report 2.1.
     """
     heads, nope_dim = q_nope.shape[2:]
+    mask = _past(q_nope, latent, mask)
     key, value = _expand(latent, rope_key, kv_b, heads, nope_dim)
     query = torch.cat((q_nope, q_rope), dim=-1)  # (B,T,H,J)
     logits = torch.einsum("bthj,bhsj->bhts", query, key) * scale
@@ -158,14 +167,17 @@ def mla_attention_fused(q_nope, q_rope, latent, rope_key, kv_b, mask, scale):
     """The same through `scaled_dot_product_attention`: for training and prefill. Arguments as the reference.
 
     The flash kernels want equal head dims, so values are padded with zeros up to N + P where they are narrower.
+    Without a mask they skip the blocks that lie in the future: their `is_causal`, which counts queries from key 0.
     """
     heads, nope_dim = q_nope.shape[2:]
+    if q_nope.shape[1] < latent.shape[1]:
+        mask = _past(q_nope, latent, mask)
     key, value = _expand(latent, rope_key, kv_b, heads, nope_dim)
     query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)  # (B,H,T,J)
     value_dim, short = value.shape[-1], query.shape[-1] - value.shape[-1]
     if short > 0:
         value = F.pad(value, (0, short))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :value_dim].transpose(1, 2).flatten(2)  # (B,T,H·V)
 
 
@@ -175,19 +187,21 @@ def mla_attention_absorbed(q_nope, q_rope, latent, rope_key, kv_b, mask, scale):
     kv_b's key half is absorbed into the query (N → R) and its value half into the output (R → V), so that
     attention is multi-query over the cached latents themselves: S·(R+P) numbers read instead of S·H·(N+P+V).
     """
-    heads, nope_dim = q_nope.shape[2:]
+    tokens, heads, nope_dim = q_nope.shape[1:]
     up = kv_b.view(heads, -1, kv_b.shape[-1])  # (H,N+V,R)
-    query = torch.einsum("bthn,hnr->bthr", q_nope, up[:, :nope_dim])
-    query = torch.cat((query, q_rope), dim=-1).transpose(1, 2)  # (B,H,T,R+P)
-    key = torch.cat((latent, rope_key), dim=-1)[:, None]  # (B,1,S,R+P)
-    logits = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))  # (B,H,T,S)
+    query = torch.einsum("bthn,hnr->bhtr", q_nope, up[:, :nope_dim]).flatten(1, 2)  # (B,H·T,R)
+    # The heads share their keys, so they are rows of one product: as a batch they would each get a copy of the cache.
+    logits = q_rope.transpose(1, 2).flatten(1, 2) @ rope_key.mT  # (B,H·T,S)
+    logits = torch.baddbmm(logits, query, latent.mT, beta=scale, alpha=scale)
+    logits = logits.unflatten(1, (heads, tokens)).masked_fill(~_past(q_nope, latent, mask), float("-inf"))  # (B,H,T,S)
     weights = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32)).to(latent.dtype)
-    mixed = weights @ latent[:, None]  # (B,H,T,R)
+    mixed = (weights.flatten(1, 2) @ latent).unflatten(1, (heads, tokens))  # (B,H,T,R)
     return torch.einsum("bhtr,hvr->bthv", mixed, up[:, nope_dim:]).flatten(2)  # (B,T,H·V)
 
 
 def max_logits_reference(q_nope, q_rope, latent, rope_key, kv_b, mask, scale):
     """The largest visible attention logit of each head, (H,): what QK-Clip looks at. Arguments as the attention."""
+    mask = _past(q_nope, latent, mask)
     key, _ = _expand(latent, rope_key, kv_b, *q_nope.shape[2:])
     logits = torch.einsum("bthj,bhsj->bhts", torch.cat((q_nope, q_rope), dim=-1), key) * scale
     return logits.masked_fill(~mask, float("-inf")).amax(dim=(0, 2, 3)).detach()
@@ -196,6 +210,7 @@ def max_logits_reference(q_nope, q_rope, latent, rope_key, kv_b, mask, scale):
 @torch.no_grad()
 def max_logits_fused(q_nope, q_rope, latent, rope_key, kv_b, mask, scale, block=256):
     """The same, streaming over blocks of queries and only their past, so the whole matrix never exists."""
+    mask = _past(q_nope, latent, mask)
     key, _ = _expand(latent, rope_key, kv_b, *q_nope.shape[2:])
     query = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)  # (B,H,T,J)
     offset = key.shape[2] - query.shape[2]
@@ -289,7 +304,7 @@ class MLA(nn.Module):
         self.o_proj = nn.Linear(heads * value, hidden, bias=False)
 
     def forward(self, x, table, mask, cache=None, layer=0, asked=None):
-        """x: (B,T,C); table: rope_table of the T tokens; mask: (B,1,T,S) bool; cache: LatentCache or None;
+        """x: (B,T,C); table: rope_table of the T tokens; mask: as the twins'; cache: LatentCache or None;
         layer: int — row of the cache; asked: (B,T) bool — the queries whose max logits are wanted (padding must not
         reach QK-Clip), or None. Returns out (B,T,C) and max logits (H,), −inf where no query was asked, or None.
         """
@@ -311,4 +326,4 @@ class MLA(nn.Module):
         else:
             attend, largest = mla_attention_absorbed if decoding else mla_attention_fused, max_logits_fused
         out = self.o_proj(attend(*inputs, mask, scale))
-        return out, None if asked is None else largest(*inputs, mask & asked[:, None, :, None], scale)
+        return out, None if asked is None else largest(*inputs, _past(q_nope, latent, mask) & asked[:, None, :, None], scale)

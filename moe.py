@@ -266,9 +266,10 @@ _grouped_mm_eager = torch.compiler.disable(F.grouped_mm)
 
 @torch.compiler.disable
 def _segment_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """_grouped_linear as a loop over experts, for any dtype and width."""
-    segments = x.split(counts.tolist())
-    return torch.cat([rows @ matrix.T for rows, matrix in zip(segments, weight.unbind())])  # (T*K,o)
+    """_grouped_linear as a loop over the experts that have rows, for any dtype and width."""
+    loads = {e: load for e, load in enumerate(counts.tolist()) if load} or {0: 0}
+    matrices = weight.unbind() if torch.is_grad_enabled() else weight  # one gradient for all, or just the few that work
+    return torch.cat([rows @ matrices[e].T for e, rows in zip(loads, x.split(list(loads.values())))])  # (T*K,o)
 
 
 def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -277,9 +278,11 @@ def _grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     Args: x: (T*K,i) float; weight: (E,o,i) float; counts: (E,) int64, sum T*K
     Returns: (T*K,o)
     """
-    # grouped_mm takes no float64, and rows only at multiples of 16 bytes
+    # grouped_mm takes no float64, and rows only at multiples of 16 bytes. On the CPU it pays for every expert, even one
+    # without rows; backward that is worth it, because it writes one gradient instead of one per expert.
     aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
-    if not aligned or x.dtype == torch.float64:
+    answering = x.device.type == "cpu" and not torch.is_grad_enabled()
+    if not aligned or x.dtype == torch.float64 or answering:
         return _segment_linear(x, weight, counts)
     ends = counts.cumsum(0).to(torch.int32)
     if x.dtype == torch.bfloat16:

@@ -352,6 +352,18 @@ def test_max_logits_twins_agree_and_are_the_largest_visible_logit(case, block):
     assert_close(max_logits_fused(*inputs, mask, scale, block), expected, 1e-12)
 
 
+@given(attention_cases())
+def test_without_a_mask_each_row_is_one_segment_whose_last_tokens_ask(case):
+    inputs, mask, scale = case
+    batch, _, tokens, length = mask.shape
+    one = visibility(torch.zeros(batch, tokens).long(), torch.zeros(batch, length).long())
+    for twin in (mla_attention_reference, mla_attention_fused, mla_attention_absorbed):
+        expected = mla_attention_reference(*inputs, one, scale)
+        assert_close(twin(*inputs, None, scale), expected, 1e-12, twin.__name__)
+    for twin in (max_logits_reference, max_logits_fused):
+        assert_close(twin(*inputs, None, scale), max_logits_reference(*inputs, one, scale), 1e-12, twin.__name__)
+
+
 def test_max_logits_carry_no_gradient():
     inputs = [torch.randn(s, requires_grad=True) for s in ((1, 2, 1, 3), (1, 2, 1, 2), (1, 2, 4), (1, 2, 2), (5, 4))]
     mask = visibility(torch.zeros(1, 2).long(), torch.zeros(1, 2).long())

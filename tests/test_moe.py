@@ -510,6 +510,19 @@ def test_grouped_gemm_is_what_runs_by_default(monkeypatch):
     assert len(calls) == 3
 
 
+def test_answering_on_the_cpu_works_with_the_chosen_experts_only(monkeypatch):
+    """Without gradients no grouped GEMM walks over all experts: same values, and nothing of expert 1 is read."""
+    monkeypatch.setattr(moe, "_grouped_mm_eager", None)
+    x, weights, index, *matrices = (t.float() if t.is_floating_point() else t for t in expert_inputs(0, 5, 3, 1, 8, 16))
+    index = torch.tensor([[0], [2], [0], [2], [2]])
+    for matrix in matrices:
+        matrix[1] = float("nan")
+    with torch.no_grad():
+        actual = experts_fused(x, weights, index, *matrices)
+        assert_close(actual, experts_reference(x, weights, index, *matrices), what="y")
+        assert experts_fused(x[:0], weights[:0], index[:0], *matrices).shape == (0, 8)
+
+
 def test_experts_fused_gradients_match_finite_differences():
     x, weights, index, *matrices = expert_inputs(2, 3, 3, 2, 3, 2)
     leaves = [tensor.requires_grad_() for tensor in (x, weights, *matrices)]
