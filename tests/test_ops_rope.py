@@ -42,8 +42,8 @@ def numpy_yarn_frequencies(rope_dim, theta, factor, original_length, beta_fast, 
     # the index at which a frequency makes so many turns: original_length · θ^(−2i/P) = 2π · turns
     fast, slow = (math.log(original_length / (2 * math.pi * t), theta) * rope_dim / 2 for t in (beta_fast, beta_slow))
     low, high = max(math.floor(fast), 0), min(math.ceil(slow), rope_dim - 1)
-    kept = [1 - min(max((i - low) / (high - low), 0.0), 1.0) if factor > 1 else 1.0 for i in range(rope_dim // 2)]
-    return base * (np.array(kept) + (1 - np.array(kept)) / factor)
+    kept = 1 - np.interp(np.arange(rope_dim // 2), [low, max(high, low + 0.001)], [0, 1]) * (factor > 1)
+    return base * (kept + (1 - kept) / factor)
 
 
 def numpy_rope_table(positions, rope_dim, theta, factor, original_length, beta_fast, beta_slow, mscale, mscale_all_dim):
