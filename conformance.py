@@ -18,7 +18,7 @@ import pathlib
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import hypothesis
 import torch
@@ -60,11 +60,15 @@ class Implementation:
     backwards: dict[str, Callable]
     arrays: str | Callable = "torch"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    forward_only: set[str] = field(default_factory=set)  # ops that have gradients, of which none ever came back
 
     def __call__(self, op, arguments, cotangents=None, wanted=()):
         """Call op's function under the contract of adapter.run. Returns Outcome."""
         backward = self.backwards.get(op.name)
-        return run(self.functions[op.name], arguments, op.outputs, wanted, cotangents, self.arrays, backward)
+        outcome = run(self.functions[op.name], arguments, op.outputs, wanted, cotangents, self.arrays, backward)
+        if wanted and not outcome.complaint and not outcome.gradients:
+            self.forward_only.add(op.name)
+        return outcome
 
 
 def load_implementation(source):
@@ -469,7 +473,7 @@ def main(options):
     dtypes = tuple(_dtype(name) for name in options.dtypes.split(",")) if options.dtypes else None
     implementation = load_implementation(options.module)
     rows = check(implementation, ops, dtypes, options.max_examples, options.seed, xfails,
-                 lambda row: print(f"{row.op:<20} {row.status}", flush=True))  # fmt: skip
+                 lambda row: print(_line(row, implementation), flush=True))  # fmt: skip
     failed = [row for row in rows if row.status == "FAIL"]
     for row in failed:
         print("\n" + row.finding.text())
@@ -480,6 +484,11 @@ def main(options):
                   "ops": [{"op": r.op, "status": r.status} | (_as_json(r.finding) if r.finding else {}) for r in rows]}  # fmt: skip
         write_file(pathlib.Path(options.json), json.dumps(report, indent=1))
     return 1 if failed else 0
+
+
+def _line(row, implementation):
+    silent = row.status == "pass" and row.op in implementation.forward_only
+    return f"{row.op:<20} {row.status}" + (" (forward only: its results carry no gradient)" if silent else "")
 
 
 def _as_json(finding):

@@ -261,6 +261,12 @@ def test_a_forward_only_implementation_passes():
     assert check_op(DOUBLE, twin(lambda x, w: double(x, w).detach()), (torch.float32,)) is None
 
 
+def test_a_pass_without_gradients_is_said_to_be_forward_only(tmp_path, capsys):
+    cut = RIGHT.replace("* weight)", "* weight).detach()")
+    assert "pass (forward only" in run(capsys, "check", module(tmp_path, cut), "--ops", "rms_norm")[1]
+    assert "forward only" not in run(capsys, "check", module(tmp_path, RIGHT), "--ops", "rms_norm")[1]
+
+
 def test_one_wrong_token_among_many_is_found():
     def last_token_off(x, w):
         y = double(x, w).clone()
