@@ -22,6 +22,7 @@ Tests: pytest tests/test_classroom.py
 """
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -43,7 +44,6 @@ from sandbox import Function, Limits, Sandbox
 
 EXAMPLES = 25  # inputs per op and dtype
 DTYPES = (torch.float32, torch.bfloat16)  # nobody is asked for float64: "in float32" is a fair reading of a report
-EXPLAINED = 12  # wrong answers, the smallest ones, that are compared with those of known mistakes
 BUDGET = 10  # calls of full length that one op may take, all its inputs together
 
 
@@ -229,17 +229,17 @@ def _ruled_out(op, answers, diagnosed):
     """
     if all(answer.level == 2 for answer in answers):
         return {suspect.name for suspect in op.suspects}
-    names, looked_at = set(), 0
-    for answer in sorted((a for a in answers if not a.complaint), key=lambda a: (-a.level, _size(a))):
-        looked_at += answer.level == 0
-        if looked_at > EXPLAINED:
-            break
-        levels = {s.name: _level(op, s, answer) for s in op.suspects if s.name not in names}
-        names |= {name for name, level in levels.items() if level < answer.level}
-        same = {s.name for s in op.suspects if answer.level < 2 and diagnosed and _is_same(op, s, answer)}
-        if diagnosed in same:
-            names |= {name for name, level in levels.items() if level < 2 and name not in same}
-    return names
+    open_ones = {suspect.name: suspect for suspect in op.suspects}
+    made = open_ones.get(diagnosed)
+    for answer in answers:
+        explained = not answer.complaint and answer.level < 2 and made and _is_same(op, made, answer)
+        if answer.level == 0 and not explained:
+            continue
+        for name, suspect in list(open_ones.items()):
+            level = _level(op, suspect, answer)
+            if level < answer.level or (explained and level < 2 and not _is_same(op, suspect, answer)):
+                del open_ones[name]
+    return {suspect.name for suspect in op.suspects} - set(open_ones)
 
 
 def _level(op, suspect, answer):
@@ -250,8 +250,9 @@ def _level(op, suspect, answer):
 def _is_same(op, suspect, answer):
     """Whether a wrong answer is the one that this mistake gives, right if the mistake were the reference."""
     replay = lambda *_: answer.record.outcome  # noqa: E731
+    wrong = functools.wraps(op.reference)(lambda *arguments: suspect.wrong(*arguments))  # keeps the arguments' names
     try:
-        return judge(dataclasses.replace(op, reference=suspect.wrong), replay, answer.arguments, answer.dtype) is None
+        return judge(dataclasses.replace(op, reference=wrong), replay, answer.arguments, answer.dtype) is None
     except Exception:  # the mistake is one that raises
         return False
 

@@ -125,9 +125,9 @@ def test_a_name_that_two_modules_use_is_kept_apart(tmp_path, monkeypatch):
 # Right and wrong files
 
 
-def test_solutions_written_by_hand_are_worth_100(grade):
-    assert grade("rms_norm", NORM).points() == 100
-    rope = '''
+BY_HAND = {
+    "rms_norm": NORM,
+    "rope": '''
         def rope(x, cos, sin):
             z = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)).contiguous())
             z = z * torch.complex(cos, sin)[:, :, None]
@@ -137,20 +137,39 @@ def test_solutions_written_by_hand_are_worth_100(grade):
             return rope(x[..., order.argsort()], cos, sin)[..., order]
         def rope_permutation(rope_dim):
             return torch.arange(rope_dim).reshape(-1, 2).T.flatten()
-    '''
-    result = grade("rope", HEAD + textwrap.dedent(rope))
-    assert result.points() == 100, texts(result, 3)
-    moe = '''
+    ''',
+    "moe": '''
         def swiglu(x, gate, up, down):
             return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
         def experts(x, weights, index, gate, up, down):
             y = torch.zeros_like(x)
             for e in range(len(gate)):
                 token, slot = (index == e).nonzero(as_tuple=True)
-                y = y.index_add(0, token, weights[token, slot, None].to(x.dtype) * swiglu(x[token], gate[e], up[e], down[e]))
+                weight = weights[token, slot, None].to(x.dtype)
+                y = y.index_add(0, token, weight * swiglu(x[token], gate[e], up[e], down[e]))
             return y
-    '''
-    result = grade("moe", HEAD + textwrap.dedent(moe))
+    ''',
+    "cross_entropy": '''
+        def cross_entropy(hidden, head, targets):
+            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            return F.cross_entropy((hidden @ head.T).to(wide), targets, reduction="none", ignore_index=-100)
+    ''',
+    "video": '''
+        def frame_indices(count, source_fps, sample_fps, max_frames):
+            n = max(round(count * min(sample_fps, source_fps) / source_fps), 1)
+            n = n if max_frames is None else min(n, max_frames)
+            return [0] if n == 1 else [round(i * (count - 1) / (n - 1)) for i in range(n)]
+        def timestamp(seconds):
+            whole = int(seconds)
+            cut = int(seconds % 1 * 1000)
+            return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}.{cut:03d}"
+    ''',
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_a_solution_written_by_hand_is_worth_100(grade, name):
+    result = grade(name, HEAD + textwrap.dedent(BY_HAND[name]))
     assert result.points() == 100, texts(result, 3)
 
 
