@@ -83,7 +83,8 @@ def train_step(model, optimizer, batches, t):
         loss = per_token.sum() / wanted + model.config.aux_loss_alpha * share * stats.balance_loss
         if hasattr(model, "contrastive_head") and merged is not None:
             loss = loss + t.contrastive * share * contrastive_loss(model, batch, merged)
-        loss.backward()
+        if loss.requires_grad:  # not where only the tower moves and this microbatch has no picture
+            loss.backward()
         counts = stats.counts if counts is None else tuple(a + b for a, b in zip(counts, stats.counts))
         largest = stats.max_logits if largest is None else torch.maximum(largest, stats.max_logits)
         balance += share * stats.balance_loss.item()

@@ -1,0 +1,288 @@
+"""Claims about parallel.py: however the step is split over processes, it is the step of one process.
+
+Each case runs three MuonClip steps in float64 on 1, 2 or 4 processes (gloo) and is compared with step.train_step on
+the same global batch of four microbatches: loss, every gradient, parameters, router biases, load counts.
+Run: .venv/bin/python -m pytest tests/test_parallel.py
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import random
+import socket
+import time
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from PIL import Image
+
+import parallel
+from checkpoint import load_tensors, save_tensors
+from conftest import assert_close
+from data import encode_example, pack_rows
+from example import Example
+from k25 import K25, K25Config
+from optim import MuonClip
+from parallel import Layout, ParallelError, Place, Trainer, keep_units, split_units
+from step import losses, train_step
+from tokenizer import Tokenizer
+from train_small import TrainConfig, model_config
+
+MODEL = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
+         "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4,
+         "n_routed_experts": 8, "num_experts_per_tok": 2, "initializer_range": 0.2, "aux_loss_alpha": 0.05}  # fmt: skip
+VISION = {"vt_hidden_size": 8, "vt_num_attention_heads": 2, "vt_num_hidden_layers": 1, "vt_intermediate_size": 8}
+CONFIG = model_config(K25Config.preset("toy"), MODEL, VISION)
+TOKENIZER = Tokenizer()
+SETTINGS = TrainConfig(dtype="float64", clip_norm=0.7, qk_clip=0.2, lr=0.02, adamw_lr=0.01)
+STEPS, ROWS, LENGTH = 3, 2, 48
+EVERYTHING = ("",)
+PATIENCE = 120  # seconds after which a hang is a failure
+
+# Blocks of 28 pixels (rows, columns) of the pictures in each of the four microbatches; on 4 ranks W ± 1 items and less.
+PICTURES = {"none": ((), (), (), ()), "one": ((), ((2, 3),), (), ()), "three": (((1, 2), (3, 1)), (), (), ((2, 2),)),
+            "five": (((1, 1),), ((1, 2), (3, 2)), ((2, 2), (1, 4)), ())}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and what else is special."""
+
+    layout: Layout
+    pictures: str = "five"
+    config: dict = field(default_factory=dict)
+    trains: tuple = EVERYTHING
+    unchosen: tuple = ()  # experts that nobody chooses
+
+    @property
+    def world(self):
+        return self.layout.pp * self.layout.dp
+
+    @property
+    def name(self):
+        extra = [f"{key}={value}" for key, value in self.config.items()] + [f"trains={t}" for t in self.trains if t]
+        marks = ["zero1"] * self.layout.zero1 + [self.layout.encoder, f"items={self.pictures}"] + extra
+        marks += [f"unchosen={self.unchosen}"] if self.unchosen else []
+        return "-".join(["{}.{}.{}.{}x{}".format(*self.layout.numbers()), *marks]).replace(" ", "")
+
+    @property
+    def same(self):
+        """Cases with the same of this have the same reference."""
+        kept = {key: value for key, value in self.config.items() if key not in ("recompute", "impl")}
+        return json.dumps([self.pictures, kept, self.trains, self.unchosen])
+
+
+def layout(pp, virtual, ep, dp, zero1=False, encoder="dep"):
+    return Layout(pp, virtual, ep, dp, 4 // dp, zero1, encoder)
+
+
+RECOMPUTE = {"recompute": True}
+CASES = [
+    Case(layout(1, 1, 1, 1)),
+    Case(layout(1, 1, 1, 1, encoder="stage0")),
+    Case(layout(2, 1, 1, 1)),
+    Case(layout(1, 1, 2, 2, zero1=True)),
+    Case(layout(1, 1, 1, 2, encoder="stage0"), "three"),
+    Case(layout(2, 2, 1, 1), "one", RECOMPUTE),
+    *(Case(layout(2, 2, 2, 2), pictures) for pictures in PICTURES),
+    *(Case(layout(2, 2, 2, 2, encoder="stage0"), pictures) for pictures in PICTURES),
+    Case(layout(2, 2, 2, 2, zero1=True), "five", RECOMPUTE),
+    Case(layout(2, 2, 2, 2, zero1=True, encoder="stage0"), "one", RECOMPUTE),
+    Case(layout(4, 1, 1, 1)),
+    Case(layout(4, 1, 1, 1, zero1=True, encoder="stage0"), "three", RECOMPUTE),
+    Case(layout(1, 1, 4, 4)),
+    Case(layout(1, 1, 4, 4, zero1=True), "one", RECOMPUTE, unchosen=(0, 1, 5)),
+    Case(layout(2, 1, 1, 2, zero1=True), "three"),
+    Case(layout(1, 1, 2, 4, zero1=True), "five", {"impl": "reference"}, unchosen=(0, 1, 5)),
+    Case(layout(1, 1, 2, 4), "three", RECOMPUTE),
+    Case(layout(2, 1, 2, 2), "five", {"qat": True, "hidden_size": 32, "moe_intermediate_size": 32}),
+    Case(layout(1, 1, 4, 4), "one", trains=("mm_projector.",)),
+    Case(layout(2, 2, 2, 2, encoder="stage0"), "one", trains=("vision_tower.", "mm_projector.")),
+    Case(layout(2, 2, 2, 2, zero1=True), "three", trains=("language_model.",)),
+    Case(layout(2, 2, 2, 2), "five", {"num_hidden_layers": 2, "first_k_dense_replace": 2}),
+]  # fmt: skip
+
+
+def documents(number, pictures):
+    """A text of its own length, and one document per picture."""
+    rng = random.Random(f"{number}/{pictures}")
+    yield Example("".join(rng.choices("abcdef ", k=20 + 11 * number)))
+    for rows, columns in pictures:
+        image = Image.frombytes("RGB", (28 * columns, 28 * rows), rng.randbytes(28 * 28 * 3 * rows * columns))
+        yield Example(f"<image>{rows} by {columns}", (image,), modality="vision")
+
+
+def global_batch(pictures):
+    encoded = ([encode_example(example, TOKENIZER, CONFIG.media) for example in documents(number, blocks)]
+               for number, blocks in enumerate(PICTURES[pictures]))  # fmt: skip
+    return [pack_rows(each, ROWS, LENGTH, TOKENIZER).to("cpu", torch.float64) for each in encoded]
+
+
+def turned(batches, step):
+    """Other replicas get other microbatches at each step."""
+    return batches[step:] + batches[:step]
+
+
+def build(case, config_changes, place=None):
+    values = {key: value for key, value in config_changes.items() if key not in ("recompute", "impl")}
+    runtime = {key: value for key, value in config_changes.items() if key in ("recompute", "impl")}
+    config = dataclasses.replace(model_config(CONFIG, values, {}), **runtime)
+    torch.manual_seed(0)
+    model = K25(config)
+    for router in model.routers():
+        router.e_score_correction_bias[list(case.unchosen)] = -100.0
+    if place:
+        keep_units(model, place)
+    model.double()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(case.trains))
+    return model
+
+
+def muon_clip(named):
+    return MuonClip.from_named(named, SETTINGS.lr, SETTINGS.adamw_lr, weight_decay=SETTINGS.weight_decay)
+
+
+def measured(result):
+    return {key: value if value == value else None for key, value in dataclasses.asdict(result).items()}
+
+
+class Recorder:
+    """Stands in for an optimizer and keeps the gradients as they come to it."""
+
+    def __init__(self, model):
+        self.model, self.gradients = model, {}
+
+    def step(self):
+        self.gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none=set_to_none)
+
+
+@dataclass
+class Outcome:
+    """What three steps came to."""
+
+    gradients: dict  # of the first step, not clipped
+    state: dict  # after the last
+    optimizer: dict
+    counts: torch.Tensor  # (MoE layers,E) of the first step
+    results: list  # StepResults
+
+
+def reference(case):
+    """The outcome of one process, by step.train_step."""
+    model = build(case, {key: value for key, value in case.config.items() if key not in ("recompute", "impl")})
+    batches, recorder = global_batch(case.pictures), Recorder(model)
+    biases = [router.e_score_correction_bias.clone() for router in model.routers()]
+    with torch.no_grad():
+        counts = [losses(model, batch)[1].counts for batch in batches]
+    attention = {name: p.clone() for name, p in model.state_dict().items() if "_b_proj" in name}
+    train_step(model, recorder, batches, dataclasses.replace(SETTINGS, clip_norm=1e9))
+    model.load_state_dict(attention, strict=False)  # the recorder moved nothing, but the clip and the biases did
+    for router, bias in zip(model.routers(), biases):
+        router.e_score_correction_bias.copy_(bias)
+    optimizer = muon_clip(model.named_parameters())
+    results = [measured(train_step(model, optimizer, turned(batches, step), SETTINGS)) for step in range(STEPS)]
+    loads = [torch.stack(layer).sum(0) for layer in zip(*counts)]
+    return Outcome(recorder.gradients, model.state_dict(), optimizer.state_tensors(), torch.stack(loads) if loads else torch.empty(0), results)
+
+
+def run_case(case, folder):
+    """One process's part of a case; rank 0 writes the outcome."""
+    place = Place(case.layout)
+    model = build(case, case.config, place)
+    trainer = Trainer(model, muon_clip, SETTINGS, place)
+    batches = global_batch(case.pictures)
+    results = []
+    for step in range(STEPS):
+        trainer.backward(turned(batches, step))
+        if step == 0:
+            gradients = trainer.gather({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            counts = trainer._measure()[1]
+        results.append(measured(trainer.update(turned(batches, step))))
+    state, optimizer = trainer.gather(model.state_dict()), trainer.gather(trainer.state_tensors())
+    everyone = [None] * case.world
+    dist.all_gather_object(everyone, results)
+    if place.rank == 0:
+        assert everyone == [results] * case.world, "the processes report different steps"
+        save_tensors(gradients, folder / f"{case.name}.gradients")
+        save_tensors(state, folder / f"{case.name}.state")
+        save_tensors(optimizer, folder / f"{case.name}.optimizer")
+        save_tensors({"counts": counts}, folder / f"{case.name}.counts")
+        (folder / f"{case.name}.results").write_text(json.dumps(results))
+
+
+def work(rank, world, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=PATIENCE), world, rank)
+    for case in CASES:
+        if case.world == world:
+            run_case(case, folder)
+    dist.destroy_process_group()
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """The folder in which 1, 2 and 4 processes have left the outcomes of all cases."""
+    folder = tmp_path_factory.mktemp("outcomes")
+    started = [multiprocessing.spawn(work, (world, free_port(), folder), world, join=False) for world in (4, 2, 1)]
+    finish(started)
+    return folder
+
+
+def finish(started):
+    """Wait for processes; kill them and fail when they take too long."""
+    deadline = time.monotonic() + PATIENCE
+    try:
+        for processes in started:
+            while not processes.join(1):
+                assert time.monotonic() < deadline, "the processes hang"
+    finally:
+        for process in [process for processes in started for process in processes.processes]:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def references():
+    return {}
+
+
+def ids(case):
+    return case.name
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_every_layout_takes_the_step_of_one_process(case, outcomes, references):
+    if case.same not in references:
+        references[case.same] = reference(case)
+    want = references[case.same]
+    gradients = load_tensors(outcomes / f"{case.name}.gradients")
+    assert gradients.keys() == want.gradients.keys()
+    for name, gradient in want.gradients.items():
+        assert_close(gradients[name], gradient, 1e-10, f"gradient of {name}")
+    dense = len(load_tensors(outcomes / f"{case.name}.counts")["counts"]) - len(want.counts)
+    assert torch.equal(load_tensors(outcomes / f"{case.name}.counts")["counts"][dense:], want.counts) or not len(want.counts)
+    for ours, one in zip(json.loads((outcomes / f"{case.name}.results").read_text()), want.results, strict=True):
+        for key, value in one.items():
+            value = list(value) if isinstance(value, tuple) else value
+            assert ours[key] == (None if value is None else pytest.approx(value, rel=1e-7, abs=1e-9)), key
+    for part, tensors in (("state", want.state), ("optimizer", want.optimizer)):
+        found = load_tensors(outcomes / f"{case.name}.{part}")
+        assert found.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            if "bias" in name and tensor.dtype == torch.float32 or tensor.dtype == torch.int64:
+                assert torch.equal(found[name], tensor), name
+            else:
+                assert_close(found[name], tensor, 1e-7, f"{part}: {name}")
