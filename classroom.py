@@ -11,7 +11,7 @@ Points of an op, in these parts, scaled so that an exercise has 100:
     1  contract                       raises nothing, leaves its arguments alone, answers the same twice
     6  values                         the share of inputs answered right, in each dtype
     3  gradients                      the same, where the op has gradients
-    4  known mistakes                 for each Suspect: right on an input on which that mistake shows, or wrong there
+    4  avoids known mistakes          for each Suspect: right on an input on which that mistake shows, or wrong there
                                       by exactly another one
 
 The student's file runs in a sandbox without the reference; an attempt to import or read it is refused and said.
@@ -74,10 +74,14 @@ class Grade:
     hints: tuple[tuple[int, str], ...]
     notes: tuple[str, ...]
 
-    def points(self, part=None):
-        """Points out of 100, of one property or of all; exactly 100 only if everything is earned."""
-        whole = sum(p.weight for p in self.properties)
-        return float(100 * sum(p.weight * p.earned for p in self.properties if part in (None, p)) / whole)
+    def points(self, parts=None):
+        """Points of some properties, or of all: out of 100, and 100 only if everything is earned."""
+        parts = self.properties if parts is None else parts
+        return float(100 * sum(p.weight * p.earned for p in parts) / sum(p.weight for p in self.properties))
+
+    def full(self, parts):
+        """The points that these properties could give."""
+        return float(100 * sum(p.weight for p in parts) / sum(p.weight for p in self.properties))
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ def _properties(op, answers, suspect):
     ruled_out = _ruled_out(op, answers, suspect)
     for known in op.suspects:
         detail = "made" if suspect == known.name else "not ruled out"
-        title = f"known mistake: {known.cause}"
+        title = f"avoids: {known.cause}"
         add(title, Fraction(4, len(op.suspects)), known.name in ruled_out, detail)
     return found
 
@@ -326,7 +330,7 @@ def grade_source(text, filename, exercise, sandbox, examples=EXAMPLES, seed=0):
         attempts |= student.attempts
     if attempts and reply.status == "ok":
         notes.append(f"{filename} tries to reach the reference ({', '.join(attempts)}): refused; it is graded without")
-    if hints and {text for _, text in hints} != {f"{name} is not written yet" for name in exercise.ops}:
+    if any(not text.endswith("is not written yet") for _, text in hints):
         hints += [(level, f"about {exercise.name}: {hint}") for level, hint in enumerate(exercise.hints, 1)]
     return Grade(exercise.name, tuple(properties), tuple(hints), tuple(notes))
 
@@ -403,6 +407,8 @@ def grade(options):
         result = grade_source(text, path.name, chosen, sandbox, options.examples, options.seed)
         limits = list(sandbox.notes)
     print("\n".join(_report(result, path, options.hints)))
+    for limit in limits:
+        print(f"note: {limit}")
     if options.json:
         try:
             write_file(options.json, json.dumps(_as_json(result, path, options, limits), indent=1) + "\n")
@@ -423,28 +429,31 @@ def _exercise_of(text, path):
     return best
 
 
-def _title(part, level):
+def _is_hidden(part, level):
     """Of a mistake that was made the name is itself a hint: shown from level 2 on."""
-    hidden = part.title.startswith("known mistake") and not part.earned and level < 2
-    return "known mistake: (its name: --hints 2)" if hidden else part.title
+    return part.title.startswith("avoids: ") and not part.earned and level < 2
 
 
 def _report(result, path, level):
-    """The grade as lines of text."""
-    chosen = find_exercise(result.exercise)
-    yield f"{path}: {chosen.title}"
+    """The grade as lines of text. Of an op with no points, or with all, there is one line."""
+    yield f"{path}: {find_exercise(result.exercise).title}"
     yield from result.notes
-    for name in chosen.ops:
-        yield name
-        for part in result.properties:
-            if part.op == name:
-                mark = "ok " if part.earned == 1 else ("-- " if part.earned == 0 else "~  ")
-                full = float(100 * part.weight / sum(p.weight for p in result.properties))
-                detail = f"   {part.detail}" if part.detail and part.earned < 1 else ""
-                yield f"  {mark}{result.points(part):5.1f} / {full:4.1f}   {_title(part, level)}{detail}"
+    for name in find_exercise(result.exercise).ops:
+        parts = [part for part in result.properties if part.op == name]
+        avoided = sum(part.title.startswith("avoids: ") for part in parts)
+        perfect = all(part.earned == 1 for part in parts)
+        yield _line("", result, parts, f"{name}   all right, {avoided} known mistakes avoided" if perfect else name)
+        if any(part.earned for part in parts) and not perfect:
+            hidden = [part for part in parts if _is_hidden(part, level)]
+            for part in parts:
+                if part not in hidden:
+                    detail = f"   {part.detail}" if part.detail and part.earned < 1 else ""
+                    yield _line("    ", result, [part], part.title + detail)
+            if hidden:
+                yield _line("    ", result, hidden, f"known mistakes not avoided: {len(hidden)} (names: --hints 2)")
     yield f"{_round(result.points()):g} of 100 points"
-    if not any(part.earned for part in result.properties) and not result.notes:
-        yield f"Nothing is written yet. Begin with {chosen.ops[0]}: its docstring holds the formula."
+    if result.hints and all(text.endswith("is not written yet") for _, text in result.hints):
+        yield f"Nothing is written yet. Begin with {result.properties[0].op}: its docstring holds the formula."
         return
     for hint_level, text in result.hints:
         if hint_level <= level:
@@ -453,19 +462,25 @@ def _report(result, path, level):
         yield f"More hints: --hints {level + 1}"
 
 
+def _line(indent, result, parts, words):
+    earned, full = result.points(parts), result.full(parts)
+    mark = "ok" if earned == full else ("--" if earned == 0 else "~ ")
+    return f"{indent}{mark} {earned:5.1f} / {full:5.1f}   {words}"
+
+
 def _round(points):
     """To a tenth, downward, so that 100 means 100."""
     return math.floor(points * 10) / 10
 
 
 def _as_json(result, path, options, limits):
-    whole = sum(p.weight for p in result.properties)
+    hidden = "avoids a known mistake (its name: --hints 2)"
     return {
         "file": path.name, "exercise": result.exercise, "points": _round(result.points()), "of": 100,
         "seed": options.seed, "examples": options.examples, "notes": list(result.notes), "limits_not_binding": limits,
         "properties": [
-            {"op": p.op, "property": _title(p, options.hints), "points": round(result.points(p), 3),
-             "of": round(float(100 * p.weight / whole), 3), "detail": p.detail}
+            {"op": p.op, "property": hidden if _is_hidden(p, options.hints) else p.title, "detail": p.detail,
+             "points": round(result.points([p]), 3), "of": round(result.full([p]), 3)}
             for p in result.properties
         ],
         "hints": [{"level": level, "text": text} for level, text in result.hints if level <= options.hints],

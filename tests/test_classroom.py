@@ -176,7 +176,7 @@ def test_a_solution_written_by_hand_is_worth_100(grade, name):
 def test_a_known_mistake_costs_its_property_and_the_inputs_on_which_it_shows(grade):
     result = grade("rms_norm", NORM.replace(" + eps", ""), 25)
     assert 40 < result.points() < 90
-    assert [title for title in lost(result) if title.startswith("known")] == ["known mistake: eps is missing"]
+    assert [title for title in lost(result) if title.startswith("avoids")] == ["avoids: eps is missing"]
     assert "eps is missing" not in texts(result, 1)
     assert "probable cause: eps is missing" in texts(result, 2)
     assert "worst at" not in texts(result, 2) and re.search(r"worst at .*got .*expected", texts(result, 3))
@@ -396,8 +396,8 @@ def test_full_points_are_exit_code_0_and_a_stub_gets_a_friendly_word(tmp_path, c
 def test_the_name_of_a_mistake_is_a_hint_of_its_own(grade):
     result = grade("rms_norm", NORM.replace(" + eps", ""))
     reports = {level: "\n".join(classroom._report(result, "mine.py", level)) for level in (1, 2)}
-    assert "eps is missing" not in reports[1] and "known mistake: (its name: --hints 2)" in reports[1]
-    assert "known mistake: eps is missing" in reports[2]
+    assert "eps is missing" not in reports[1] and "known mistakes not avoided: 1 (names: --hints 2)" in reports[1]
+    assert "avoids: eps is missing   made" in reports[2]
 
 
 def test_the_exercise_is_what_the_file_says_or_what_it_defines():
