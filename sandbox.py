@@ -521,14 +521,14 @@ def _explain(error, filenames):
 
 
 def _receive(descriptor):
-    """One message of the parent; a parent that has gone ends this process."""
+    """One message of the parent. Raises EOFError when the parent has gone."""
 
     def exactly(count):
         data = bytearray()
         while len(data) < count:
             chunk = os.read(descriptor, min(count - len(data), 1 << 20))
             if not chunk:
-                os._exit(0)
+                raise EOFError
             data += chunk
         return bytes(data)
 
@@ -583,7 +583,12 @@ def _serve(descriptor):
     _guard(settings["home"], settings["hidden"], settings["banned"], attempts)
     _send(descriptor, _to_bytes(ready, limit))
     while True:
-        fields = _answer(_receive(descriptor), filenames)
+        try:
+            request = _receive(descriptor)
+        except EOFError:  # the parent was killed and could not clear up
+            shutil.rmtree(settings["home"], ignore_errors=True)
+            os._exit(0)
+        fields = _answer(request, filenames)
         fields |= {kind: list(found[:20]) for kind, found in attempts.items()}
         for found in attempts.values():
             found.clear()

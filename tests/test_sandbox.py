@@ -320,15 +320,16 @@ def test_a_descendant_that_left_the_group_is_killed_too():
     assert not _runs(pid)
 
 
-def test_a_child_whose_parent_dies_ends_by_itself():
+def test_a_child_whose_parent_dies_clears_up_and_ends():
     script = (
         f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\nfrom sandbox import Sandbox\nbox = Sandbox()\n"
-        "box.load('code', 'import os\\ndef pid(): return os.getpid()', 'code.py')\n"
-        "print(box.call('code', 'pid').value, flush=True)\nos._exit(1)"
+        "box.load('code', 'import os\\ndef who(): return os.getpid(), os.getcwd()', 'code.py')\n"
+        "print(*box.call('code', 'who').value, flush=True)\nos._exit(1)"
     )
-    pid = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout)
+    pid, folder = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.split()
     for _ in range(100):
-        if not _runs(pid):
+        if not _runs(int(pid)):
+            assert not pathlib.Path(folder).exists()
             return
         time.sleep(0.1)
     pytest.fail("the child still runs")
