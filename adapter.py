@@ -49,7 +49,7 @@ def poisoned():
 
     An implementation that reads what it never wrote is then wrong always, not sometimes.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    mode = torch.get_deterministic_debug_mode()
     plain_empty, plain_like = np.empty, np.empty_like
 
     def poison(array):
@@ -59,7 +59,7 @@ def poisoned():
             array.fill(np.iinfo(array.dtype).max)
         return array
 
-    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch fill uninitialised memory
+    torch.set_deterministic_debug_mode("warn")  # makes torch fill uninitialised memory
     np.empty = lambda *args, **kwargs: poison(plain_empty(*args, **kwargs))
     np.empty_like = lambda *args, **kwargs: poison(plain_like(*args, **kwargs))
     try:
@@ -68,7 +68,7 @@ def poisoned():
             yield
     finally:
         np.empty, np.empty_like = plain_empty, plain_like
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+        torch.set_deterministic_debug_mode(mode)
 
 
 def to_plain(value):
@@ -191,7 +191,9 @@ def run(function, arguments, names, wanted=(), cotangents=None, arrays="torch", 
         with poisoned():
             first, second = once(function, arguments, *options), once(function, arguments, *options)
     except Exception as error:  # whatever somebody's code raises is a finding, not our failure
-        frame = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        home = getattr(getattr(function, "__code__", None), "co_filename", "")
+        frame = ([f for f in frames if f.filename == home] or frames)[-1]  # their line, not the library's that it called
         place = f"{frame.filename.rpartition('/')[2]}, line {frame.lineno}"
         return Outcome({}, {}, f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]} ({place})")
     if first.complaint:

@@ -86,3 +86,8 @@ def test_results_become_plain():
 def test_a_gradient_that_never_arrives_is_none():
     outcome = run(lambda x, w: x * 2, {"x": X, "w": X}, ("y",), ("x", "w"), SEED)
     assert outcome.gradients["w"] is None and outcome.gradients["x"] is not None
+
+
+def test_an_exception_inside_a_library_names_the_line_that_called_it():
+    complaint = run(lambda x: torch.nn.functional.layer_norm(x, [7]), {"x": X}, ("y",)).complaint
+    assert "raises RuntimeError" in complaint and "test_adapter.py, line" in complaint
