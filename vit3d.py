@@ -176,10 +176,11 @@ def position_embedding(table: Tensor, grids: Sequence[Grid]) -> Tensor:
     # Each distinct size is resized once; `first` is where its rows begin in the concatenation. The empty first piece
     # keeps the table in the graph when there are no items.
     first, pieces, rows = {}, [table.reshape(-1, width)[:0]], 0
+    channels_first = table.permute(2, 0, 1).contiguous()[None]  # (1,D,H,W)
     for _, h, w in grids:
         if (h, w) not in first:
             first[h, w] = rows
-            pieces.append(_resize_table(table, h, w))
+            pieces.append(table.reshape(-1, width) if (h, w) == tuple(table.shape[:2]) else _resized(channels_first, h, w))
             rows += h * w
     start = torch.tensor([first[h, w] for _, h, w in grids], dtype=torch.int64, device=table.device)  # (I,)
     columns = torch.tensor([w for _, _, w in grids], dtype=torch.int64, device=table.device)  # (I,)
@@ -192,12 +193,10 @@ def position_embedding(table: Tensor, grids: Sequence[Grid]) -> Tensor:
     return position + F.pad(times, (0, 0, 1, 0))[(at.frame + 1) * is_clip[at.item]]
 
 
-def _resize_table(table: Tensor, h: int, w: int) -> Tensor:
-    """(H,W,D) -> (h*w,D), bicubic with half-pixel centres."""
-    if (h, w) != tuple(table.shape[:2]):
-        channels_first = table.permute(2, 0, 1)[None]  # (1,D,H,W)
-        table = F.interpolate(channels_first, size=(h, w), mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
-    return table.reshape(h * w, -1)
+def _resized(channels_first: Tensor, h: int, w: int) -> Tensor:
+    """(1,D,H,W) -> (h*w,D), bicubic with half-pixel centres."""
+    resized = F.interpolate(channels_first, size=(h, w), mode="bicubic", align_corners=False)[0]  # (D,h,w)
+    return resized.flatten(1).T  # (h*w,D)
 
 
 def rope_table_2d(
