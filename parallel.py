@@ -11,12 +11,17 @@ sum: each loss is divided by the global number of tokens before its backward pas
 Schedules, meshes, collectives and ZeRO are torch.distributed's. Hand-written is what K2.5 needs beside them: experts on
 other ranks, losses and counters of the routers inside a pipeline, and DEP (dep.py).
 
-Public names: ParallelError, Layout, split_units, Place, keep_units, ExpertParallel, Feed, StageModule, zero1, Trainer.
+Public names: ParallelError, join_processes, ranks, on_first, stop, Layout, split_units, Place, keep_units, ExpertParallel,
+Feed, StageModule, zero1, Trainer.
 Letters: B rows, T tokens, C hidden, H heads, E experts, K chosen, F expert width, M merged media tokens.
 Tests: pytest tests/test_parallel.py
 """
 
+import datetime
 import math
+import os
+import signal
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +42,55 @@ from step import StepResult
 
 class ParallelError(ValueError):
     """A layout that cannot be; one line says why and which is the nearest that can."""
+
+
+# ----------------------------------------------------------------------------------------- processes
+
+
+def join_processes(patience=600):
+    """Join the processes that torchrun started, over gloo on the CPU and NCCL on CUDA. Returns `ranks()`.
+
+    patience: seconds that one operation may take before it counts as hung. Without torchrun nothing is done.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        dist.init_process_group(timeout=datetime.timedelta(seconds=patience))
+    return ranks()
+
+
+def ranks():
+    """(this process's rank, number of processes); (0, 1) for a process of its own."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_first(action):
+    """Do something on rank 0 only, such as preparing a directory; its result or its ValueError is everybody's."""
+    outcome = [None, None]
+    if ranks()[0] == 0:
+        try:
+            outcome[0] = action()
+        except ValueError as error:
+            outcome[1] = error
+    if ranks()[1] > 1:
+        dist.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise outcome[1]
+    return outcome[0]
+
+
+def stop(code, message):
+    """End this process on an error that all processes have met: rank 0 says it for all, and each exits with the code.
+
+    torchrun terminates the rest as soon as one has ended, so they wait for rank 0, and then take no notice.
+    """
+    rank, world = ranks()
+    if rank == 0:
+        print(message, file=sys.stderr, flush=True)
+    if world > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        dist.barrier()
+    sys.exit(code)
 
 
 # -------------------------------------------------------------------------------------------- layout
@@ -328,6 +382,11 @@ def zero1(optimizer, group):
     return ZeroRedundancyOptimizer(groups, named, group)
 
 
+def _local(optimizer):
+    """The MuonClip inside a ZeroRedundancyOptimizer, or the MuonClip itself."""
+    return optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+
+
 class Trainer:
     """This process's share of the model, of the optimizer's state, and of every step.
 
@@ -413,10 +472,12 @@ class Trainer:
             found = torch.tensor([p.grad is not None for p in members], dtype=torch.int64, device=self.place.device)
             dist.all_reduce(found, group=group)
             members = [p for p, n in zip(members, found.tolist()) if n]
-            for p in members:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            for work in [dist.all_reduce(p.grad, group=group, async_op=True) for p in members]:
-                work.wait()
+            if not members:
+                continue
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in members])
+            dist.all_reduce(flat, group=group)
+            for p, piece in zip(members, flat.split([p.numel() for p in members])):
+                p.grad = piece.view_as(p)
 
     def gradient_norm(self):
         """The norm of the whole model's gradient: each square over the number of ranks that hold it, summed over all ranks."""
@@ -486,15 +547,22 @@ class Trainer:
 
     def state_tensors(self):
         """This process's share of the optimizer's state, as MuonClip.state_tensors."""
-        return {name: tensor for o in self.optimizers for name, tensor in getattr(o, "optim", o).state_tensors().items()}
+        return {name: tensor for o in map(_local, self.optimizers) for name, tensor in o.state_tensors().items()}
 
-    def load(self, model, optimizer):
-        """Take this process's share of a whole model's and a whole optimizer's tensors; see `gather`."""
-        self.model.load_state_dict(self.place.cut(model, self.model.state_dict()))
-        for o in self.optimizers:
-            own = getattr(o, "optim", o)
-            names = {name for g in own.param_groups for name in g["param_names"]}
-            own.load_state_tensors(self.place.cut(optimizer, [key for key in optimizer if key.rpartition(".")[0] in names]))
+    def load_state_tensors(self, tensors):
+        """Take over what `own_state` cut from a whole optimizer's state."""
+        for o in map(_local, self.optimizers):
+            names = {name for group in o.param_groups for name in group["param_names"]}
+            o.load_state_tensors({key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] in names})
+
+    def own_model(self, tensors):
+        """Of a whole model's state dict, this process's part."""
+        return self.place.cut(tensors, self.model.state_dict())
+
+    def own_state(self, tensors):
+        """Of a whole optimizer's state_tensors, this process's part."""
+        names = {name for o in map(_local, self.optimizers) for group in o.param_groups for name in group["param_names"]}
+        return self.place.cut(tensors, [key for key in tensors if key.rpartition(".")[0] in names])
 
     def gather(self, tensors):
         """Tensors of all processes, experts put together again, on rank 0; elsewhere an empty dict. On the CPU.

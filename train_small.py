@@ -10,6 +10,7 @@
 Run: make train            (all of it, then runs/toy/report.md; minutes: README)
      python train_small.py --seed 7 --run runs/seven        python train_small.py --resume --run runs/seven
      python train_small.py --help                           (a flag for every field of every config)
+     torchrun --nproc-per-node 4 -- train_small.py --pp 2 --virtual-stages 2 --ep 2 --run runs/four
 
 Public names: TrainConfig, Stage, plan, train, main.
 Letters: B rows, T tokens, C hidden, U vocabulary.     Tests: pytest tests/test_train_small.py
@@ -18,6 +19,7 @@ Letters: B rows, T tokens, C hidden, U vocabulary.     Tests: pytest tests/test_
 import argparse
 import dataclasses
 import difflib
+import functools
 import importlib.metadata
 import json
 import math
@@ -39,6 +41,7 @@ from data import Blend, DataError, check_length, open_manifest
 from k25 import K25, ConfigError, K25Config, load, save
 from mla import Yarn, rope_frequencies
 from optim import MuonClip, OptimError, lr_at
+from parallel import Layout, ParallelError, Place, Trainer, join_processes, keep_units, on_first, ranks, stop
 from sources import SOURCES, Source
 from step import train_step
 from texts import pairs_in_filler
@@ -68,7 +71,14 @@ class TrainConfig:
     dtype: str = "bfloat16"  # float32 | bfloat16 (autocast over float32 weights) | float64
     threads: int = 1  # of torch on the CPU; the data are drawn beside it, and a second one stalls when anything else runs
     compile: bool = False  # torch.compile each decoder block
-    accumulation: int = 1  # microbatches per optimizer step
+    accumulation: int = 1  # microbatches per optimizer step, of all processes together
+    pp: int = 1  # pipeline ranks; this and the next six are for torchrun, see parallel.Layout
+    virtual_stages: int = 1  # pipeline stages per rank, interleaved
+    ep: int = 1  # ranks that share the routed experts; divides dp
+    dp: int = 0  # replicas of the pipeline; 0: processes / pp
+    microbatches: int = 0  # accumulation per replica; 0: accumulation / dp, or without that pp, the least that fills a pipeline
+    zero1: bool = False  # split the optimizer state over the replicas
+    encoder: str = "dep"  # dep | stage0: the vision tower runs evenly on all ranks, or on the first stage
     rows: int = 8  # B: packed rows per microbatch
     length: int = 256  # T: tokens per row in all stages but the last
     long_length: int = 1024  # T of the long-context stage
@@ -182,7 +192,28 @@ def plan(t, config):
     ]  # fmt: skip
 
 
+def with_layout(t, config, world):
+    """The run's layout on this many processes. Returns (TrainConfig with dp, microbatches and accumulation told apart, Layout).
+
+    Raises ParallelError for a layout that cannot be, ConfigError for flags that contradict each other.
+    """
+    dp = t.dp or max(world // max(t.pp, 1), 1)
+    microbatches = t.microbatches or (max(t.accumulation // dp, 1) if t.accumulation > 1 else t.pp)
+    layout = Layout(t.pp, t.virtual_stages, t.ep, dp, microbatches, t.zero1, t.encoder)
+    layout.check(min(stage.model.num_hidden_layers for stage in plan(t, config) if stage.steps), config.n_routed_experts, world)
+    if t.accumulation not in (1, dp * microbatches):
+        raise ConfigError(f"accumulation is {t.accumulation}, but dp {dp} · microbatches {microbatches} = {dp * microbatches}: "
+                          "leave --accumulation or --microbatches out, or make them agree")  # fmt: skip
+    if world > 1 and t.contrastive:
+        raise ConfigError("contrastive compares pictures of one microbatch with its words, which stand on different ranks: train it on one process")
+    return dataclasses.replace(t, dp=dp, microbatches=microbatches, accumulation=dp * microbatches), layout
+
+
 # --------------------------------------------------------------------------------------------- the run
+
+
+# What a run may be resumed with otherwise than it was begun.
+FREE = ("run", "device", "checkpoint_every", *(f.name for f in dataclasses.fields(Layout)))
 
 
 class Run:
@@ -212,7 +243,7 @@ class Run:
         for key, value in now.items():
             if isinstance(value, dict):
                 self._refuse_other(saved.get(key, {}), value)
-            elif saved.get(key) != value and key not in ("run", "device", "checkpoint_every"):
+            elif saved.get(key) != value and key not in FREE:
                 raise ConfigError(f"{self.path} was begun with {key} = {saved.get(key)}, not {value}: resume with the same flags")
 
     def _rewind(self, global_step):
@@ -229,13 +260,13 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def save(self, model, optimizer, blend, stage, step, global_step):
-        """Write a whole checkpoint beside the last one, point to it, then drop the last one."""
+        """Write a whole checkpoint beside the last one, point to it, then drop the last one. model, optimizer: {name: tensor}."""
         name = f"checkpoint-{global_step:06d}"
         unfinished = self.path / f".{name}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        save_tensors(model.state_dict(), unfinished / "model.safetensors")
-        save_tensors(optimizer.state_tensors(), unfinished / "optimizer.safetensors")
+        save_tensors(model, unfinished / "model.safetensors")
+        save_tensors(optimizer, unfinished / "optimizer.safetensors")
         replace_directory(unfinished, self.path / name)
         self.state = {"checkpoint": name, "stage": stage, "step": step, "global_step": global_step, "data": blend.state()}
         write_file(self.path / "latest.json", json.dumps(self.state, indent=2) + "\n")
@@ -264,10 +295,15 @@ def device_of(t):
     return device
 
 
-def next_model(stage, previous, t, device):
-    """The model of a stage: built from the seed, then given what it inherits from the model of the stage before."""
+def next_model(stage, previous, t, device, place=None):
+    """The model of a stage: built from the seed, then given what it inherits from the model of the stage before.
+
+    With a Place it is one process's part of it, as `previous` must be.
+    """
     torch.manual_seed(t.seed)
     model = K25(stage.model)
+    if place:
+        keep_units(model, place)
     if previous is not None:
         taken = {k: v for k, v in previous.state_dict().items() if k.startswith(stage.inherits)} if stage.inherits else {}
         model.load_state_dict(taken, strict=False)
@@ -277,7 +313,7 @@ def next_model(stage, previous, t, device):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(stage.trains))
     if t.compile:
-        for block in model.language_model.model.layers:
+        for block in model.language_model.model.layers.children():
             block.compile(dynamic=True)
     return model
 
@@ -293,42 +329,60 @@ def blend_of(stage, t, tokenizer, config, own):
 def run_stage(run, number, stage, model, optimizer, blend, device, first, done, bar):
     """Take the steps first … stage.steps − 1 of one stage, logging each and writing checkpoints.
 
-    number: the stage's place in the plan; done: optimizer steps of the whole run before these; bar: tqdm.
+    optimizer: MuonClip, or with many processes a Trainer; number: the stage's place in the plan; done: optimizer steps
+    of the whole run before these; bar: tqdm. Rank 0 writes and speaks for all.
     Raises TrainingError when the loss is no longer finite, naming the step, the batch and the last good checkpoint.
     """
-    t = run.t
+    t, (rank, world) = run.t, ranks()
+    alone = world == 1
     for step in range(first, stage.steps):
         began = time.perf_counter()
         factor = lr_at(step, min(t.warmup, stage.steps // 4), stage.steps, 1.0, 0.05)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         index, global_step = blend.state()["index"], done + step - first + 1
-        result = train_step(model, optimizer, [next(blend).to(device, PRECISION[t.dtype]) for _ in range(t.accumulation)], t)
+        batches = [next(blend) for _ in range(t.accumulation)]
+        if alone:
+            result = train_step(model, optimizer, [batch.to(device, PRECISION[t.dtype]) for batch in batches], t)
+        else:
+            result = optimizer.step(batches)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise TrainingError(f"loss is {result.loss} and gradient norm {result.grad_norm} in stage {stage.name} at step "
                                 f"{step} (global step {global_step}), in the batch that begins with example {index}; "
                                 f"last good checkpoint: {run.last_checkpoint()}; try a smaller --lr")  # fmt: skip
-        rate = result.tokens / (time.perf_counter() - began)
-        row = {"stage": stage.name, "step": step, "global_step": global_step, "lr": t.lr * stage.rate * factor, "tokens_per_s": rate}
-        run.log(row | {k: None if v != v else v for k, v in dataclasses.asdict(result).items()})
-        tqdm.write(f"{stage.name:8s} {step:4d}  loss {result.loss:.3f}  text {result.loss_text:.3f}  vision {result.loss_vision:.3f}  "
-                   f"lr {row['lr']:.4f}  |g| {result.grad_norm:6.2f}  max logit {result.max_logit:6.2f}  "
-                   f"load cv {result.load_cv:.2f}  {rate:,.0f} tok/s")  # fmt: skip
-        bar.set_postfix_str(f"{stage.name} loss {result.loss:.3f} {rate:,.0f} tok/s")
-        bar.update()
+        if rank == 0:
+            report_step(run, stage, step, global_step, t.lr * stage.rate * factor, result, time.perf_counter() - began, bar)
         if (step + 1) % t.checkpoint_every == 0 or step + 1 == stage.steps:
-            run.save(model, optimizer, blend, number, step + 1, global_step)
+            tensors = [model.state_dict(), optimizer.state_tensors()]
+            tensors = tensors if alone else [optimizer.gather(each) for each in tensors]
+            if rank == 0:
+                run.save(*tensors, blend, number, step + 1, global_step)
+
+
+def report_step(run, stage, step, global_step, lr, result, seconds, bar):
+    """Log a step, print its line, move the bar."""
+    rate = result.tokens / seconds
+    row = {"stage": stage.name, "step": step, "global_step": global_step, "lr": lr, "tokens_per_s": rate}
+    run.log(row | {k: None if v != v else v for k, v in dataclasses.asdict(result).items()})
+    tqdm.write(f"{stage.name:8s} {step:4d}  loss {result.loss:.3f}  text {result.loss_text:.3f}  vision {result.loss_vision:.3f}  "
+               f"lr {lr:.4f}  |g| {result.grad_norm:6.2f}  max logit {result.max_logit:6.2f}  "
+               f"load cv {result.load_cv:.2f}  {rate:,.0f} tok/s")  # fmt: skip
+    bar.set_postfix_str(f"{stage.name} loss {result.loss:.3f} {rate:,.0f} tok/s")
+    bar.update()
 
 
 def train(t, config, resume=False):
     """Run (or go on with) all stages. t: TrainConfig; config: K25Config. Returns the Run and the final model.
 
-    Raises TrainingError as `run_stage`, and the ValueErrors of everything it builds.
+    Raises TrainingError as `run_stage`, and the ValueErrors of everything it builds. On many processes (torchrun) every
+    one of them runs this, and rank 0 alone gets the model.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat its bits
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(t.threads)
-    device = device_of(t)
+    device, (rank, world) = device_of(t), ranks()
+    t, layout = with_layout(t, config, world)
+    place = Place(layout, device) if world > 1 else None
     stages = [stage for stage in plan(t, config) if stage.steps]
     tokenizer = Tokenizer(config.vocab_size, t.tokenizer or None)
     if tokenizer.media_pad != config.media_placeholder_token_id:
@@ -336,28 +390,35 @@ def train(t, config, resume=False):
                           f"of {config.vocab_size} is {tokenizer.media_pad}")  # fmt: skip
     shortest = min(stage.length for stage in stages)
     own = open_manifest(t.data, t.skip_bad, lambda e: check_length(e, shortest, tokenizer, config.media)) if t.data else None
-    run = Run(t.run, t, config, resume)
-    print(f"{run.path}: preset {t.preset}, seed {t.seed}, {device}, {t.dtype}; "
-          f"{', '.join(f'{name} {version}' for name, version in versions().items())}; everything set: {run.path / 'config.json'}")  # fmt: skip
+    run = on_first(lambda: Run(t.run, t, config, resume))
+    if rank == 0:
+        print(f"{run.path}: preset {t.preset}, seed {t.seed}, {device}, {t.dtype}; "
+              f"{', '.join(f'{name} {version}' for name, version in versions().items())}; everything set: {run.path / 'config.json'}")  # fmt: skip
     at, first, checkpoint = (run.state["stage"], run.state["step"], run.path / run.state["checkpoint"]) if run.state else (0, 0, None)
     done = sum(stage.steps for stage in stages[:at]) + first
     model = None
-    with tqdm(total=sum(stage.steps for stage in stages), initial=done, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=sum(stage.steps for stage in stages), initial=done, unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
         for number, stage in list(enumerate(stages))[at:]:
-            model = next_model(stage, model, t, device)
-            optimizer = MuonClip.from_named(model.named_parameters(), t.lr * stage.rate, t.adamw_lr * stage.adamw_rate,
-                                            weight_decay=t.weight_decay, ns_dtype=getattr(torch, t.ns_dtype))  # fmt: skip
+            model = next_model(stage, model, t, device, place)
+            muon_clip = functools.partial(
+                MuonClip.from_named, lr=t.lr * stage.rate, adamw_lr=t.adamw_lr * stage.adamw_rate,
+                weight_decay=t.weight_decay, ns_dtype=getattr(torch, t.ns_dtype))  # fmt: skip
+            optimizer = Trainer(model, muon_clip, t, place) if place else muon_clip(model.named_parameters())
             blend = blend_of(stage, t, tokenizer, config, own)
             if checkpoint:
-                model.load_state_dict(load_tensors(checkpoint / "model.safetensors"))
-                optimizer.load_state_tensors(load_tensors(checkpoint / "optimizer.safetensors"))
+                tensors = [load_tensors(checkpoint / f"{part}.safetensors") for part in ("model", "optimizer")]
+                tensors = tensors if not place else [optimizer.own_model(tensors[0]), optimizer.own_state(tensors[1])]
+                model.load_state_dict(tensors[0])
+                optimizer.load_state_tensors(tensors[1])
                 blend.load_state(run.state["data"])
             run_stage(run, number, stage, model, optimizer, blend, device, first, done, bar)
             done, first, checkpoint = done + stage.steps - first, 0, None
             if hasattr(model, "contrastive_head"):
                 del model.contrastive_head  # it served this stage only
-            save(model, run.path / "models" / stage.name)
-    return run, model
+            whole = optimizer.whole_model() if place else model
+            if rank == 0:
+                save(whole, run.path / "models" / stage.name)
+    return run, whole
 
 
 # ------------------------------------------------------------------------------------------ afterwards
@@ -455,15 +516,17 @@ def main(arguments=None):
     """Train, measure, report. Exit code 0 after PASS, 1 after FAIL or divergence, 2 on misuse."""
     began = time.perf_counter()
     try:
+        rank, _ = join_processes()
         t, config, resume = read_flags(arguments)
         run, model = train(t, config, resume)
+        if rank:
+            sys.exit(0)  # rank 0 measures
         save(model, run.path / "model", int4=config.qat)
         ending, scores = measure(run, t, config)
     except TrainingError as error:
-        sys.exit(f"train_small.py: {error}")
-    except (ConfigError, CheckpointError, DataError, MediaError, OptimError, TokenizerError) as error:
-        print(f"train_small.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop(1, f"train_small.py: {error}")
+    except (ConfigError, CheckpointError, DataError, MediaError, OptimError, ParallelError, TokenizerError) as error:
+        stop(2, f"train_small.py: {error}")
     except KeyboardInterrupt:
         print("\ntrain_small.py: interrupted; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)

@@ -8,9 +8,13 @@ Run: .venv/bin/python -m pytest tests/test_parallel.py
 import dataclasses
 import datetime
 import json
-import math
+import os
+import pathlib
 import random
+import re
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -18,9 +22,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import parallel
+import train_small
 from checkpoint import load_tensors, save_tensors
 from conftest import assert_close
 from data import encode_example, pack_rows
@@ -218,13 +225,16 @@ def run_case(case, folder):
         (folder / f"{case.name}.results").write_text(json.dumps(results))
 
 
-def work(rank, world, port, folder):
+def work(rank, ports, folder):
+    """All cases of 4 processes, then those of 2, then those of 1: whoever is left over goes home."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=PATIENCE), world, rank)
-    for case in CASES:
-        if case.world == world:
-            run_case(case, folder)
-    dist.destroy_process_group()
+    for world, port in ports.items():
+        if rank < world:
+            dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", datetime.timedelta(seconds=PATIENCE), world, rank)
+            for case in CASES:
+                if case.world == world:
+                    run_case(case, folder)
+            dist.destroy_process_group()
 
 
 def free_port():
@@ -237,21 +247,15 @@ def free_port():
 def outcomes(tmp_path_factory):
     """The folder in which 1, 2 and 4 processes have left the outcomes of all cases."""
     folder = tmp_path_factory.mktemp("outcomes")
-    started = [multiprocessing.spawn(work, (world, free_port(), folder), world, join=False) for world in (4, 2, 1)]
-    finish(started)
-    return folder
-
-
-def finish(started):
-    """Wait for processes; kill them and fail when they take too long."""
     deadline = time.monotonic() + PATIENCE
+    started = multiprocessing.spawn(work, ({world: free_port() for world in (4, 2, 1)}, folder), 4, join=False)
     try:
-        for processes in started:
-            while not processes.join(1):
-                assert time.monotonic() < deadline, "the processes hang"
+        while not started.join(1):
+            assert time.monotonic() < deadline, "the processes hang"
     finally:
-        for process in [process for processes in started for process in processes.processes]:
+        for process in started.processes:
             process.kill()
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -286,3 +290,96 @@ def test_every_layout_takes_the_step_of_one_process(case, outcomes, references):
                 assert torch.equal(found[name], tensor), name
             else:
                 assert_close(found[name], tensor, 1e-7, f"{part}: {name}")
+
+
+# Layouts
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9),
+       st.integers(1, 12), st.sampled_from([4, 6, 8, 384]), st.integers(1, 16))  # fmt: skip
+@settings(deadline=None)
+def test_an_impossible_layout_is_refused_with_a_possible_one(pp, virtual, ep, dp, microbatches, layers, experts, world):
+    asked = Layout(pp, virtual, ep, dp, microbatches)
+    if asked.problem(layers, experts, world) is None:
+        asked.check(layers, experts, world)
+        assert asked.nearest(layers, experts, world) == asked
+        return
+    with pytest.raises(ParallelError) as refused:
+        asked.check(layers, experts, world)
+    message = str(refused.value)
+    numbers = map(int, re.findall(r"\d+", message.partition("nearest: ")[2].replace("--zero1", "")))
+    assert "\n" not in message and Layout(*numbers).problem(layers, experts, world) is None
+
+
+@pytest.mark.parametrize("asked, world, words", [
+    (Layout(3, 1, 1, 1, 3), 4, "--pp 3 · --dp 1 needs 3 processes and 4 processes were started; nearest: --pp 4 "),
+    (Layout(2, 1, 4, 2, 2), 4, "--ep 4 does not divide --dp 2; nearest: --pp 2 --virtual-stages 1 --ep 2 --dp 2 --microbatches 2"),
+    (Layout(1, 1, 3, 3, 1), 3, "--ep 3 does not divide 16 experts; nearest: --pp 1 --virtual-stages 1 --ep 1 --dp 3 "),
+    (Layout(2, 3, 1, 1, 2), 2, "6 stages, but embedding, 3 layers and head are 5; nearest: --pp 2 --virtual-stages 2 "),
+    (Layout(4, 1, 1, 1, 2), 4, "--microbatches 2 leaves ranks of --pp 4 without work; nearest: --pp 4 --virtual-stages 1 --ep 1 --dp 1 --microbatches 4"),
+    (Layout(2, 2, 1, 1, 5), 2, "even rounds of about --pp 2, not --microbatches 5; nearest: --pp 2 --virtual-stages 2 --ep 1 --dp 1 --microbatches 6"),
+    (Layout(0, 1, 1, 1, 1), 1, "each must be at least 1; nearest: --pp 1 "),
+])  # fmt: skip
+def test_a_refusal_says_why_and_what_is_nearest(asked, world, words):
+    with pytest.raises(ParallelError, match=re.escape(words)):
+        asked.check(3, 16, world)
+
+
+@given(st.integers(1, 70), st.data())
+def test_stages_are_contiguous_and_as_equal_as_can_be(layers, data):
+    stages = data.draw(st.integers(1, layers + 2))
+    parts = split_units(layers, stages)
+    assert [unit for part in parts for unit in part] == ["embed", *range(layers), "head"]
+    assert len(parts) == stages and max(map(len, parts)) - min(map(len, parts)) <= 1 and all(parts)
+
+
+# The command line
+
+
+def flags(run, *more):
+    numbers = MODEL | VISION | {"rows": 1, "length": 128, "questions": 2, "dtype": "float64", "ns_dtype": "float64",
+                                "checkpoint_every": 1, "small_lm_steps": 0, "vit_steps": 1, "text_steps": 1, "align_steps": 0,
+                                "joint_steps": 2, "long_steps": 0, "vision_ratio": 0.5, "run": run}  # fmt: skip
+    return [part for name, value in numbers.items() for part in ("--" + name.replace("_", "-"), str(value))] + list(more)
+
+
+def torchrun(processes, *arguments):
+    """Start train_small.py on some processes. Returns the exit codes other than 0, the error lines, and the output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()),
+               "--", "train_small.py", *arguments]  # fmt: skip
+    done = subprocess.run(command, cwd=pathlib.Path(parallel.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
+    return re.findall(r"exitcode *: (-?\d+) \(pid", done.stderr), done.stderr.splitlines(), done.stdout
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_bug37_the_stages_run_on_four_processes_as_on_one(tmp_path):
+    """From the first stage to the report; every number logged is that of one process, and so is the checkpoint."""
+    layout = ("--pp", "2", "--virtual-stages", "2", "--ep", "2", "--zero1")
+    codes, errors, output = torchrun(4, *flags(tmp_path / "four", *layout))
+    assert set(codes) <= {"1"} and (tmp_path / "four" / "report.md").exists(), errors  # 1: a toy that has learned nothing
+    assert len(output.splitlines()) < 25, "more than one process prints"
+    t, config, _ = train_small.read_flags(flags(tmp_path / "one", "--accumulation", "4"))
+    train_small.train(t, config)
+    assert len(rows(tmp_path / "four")) == 4
+    for ours, one in zip(rows(tmp_path / "four"), rows(tmp_path / "one"), strict=True):
+        assert ours.keys() == one.keys()
+        for key in one.keys() - {"tokens_per_s"}:
+            number = not isinstance(one[key], str | None)
+            assert ours[key] == (pytest.approx(one[key], rel=1e-9, abs=1e-12) if number else one[key]), key
+    for path in (tmp_path / "one").glob("checkpoint-*/*.safetensors"):
+        want, found = load_tensors(path), load_tensors(tmp_path / "four" / path.relative_to(tmp_path / "one"))
+        assert found.keys() == want.keys()
+        for name, tensor in want.items():
+            assert_close(found[name], tensor, 1e-9, name)
+
+
+def test_an_impossible_layout_is_one_line_and_exit_code_2_on_every_rank(tmp_path):
+    codes, errors, _ = torchrun(2, *flags(tmp_path / "run", "--ep", "4"))
+    assert codes == ["2"] * 2
+    assert [line for line in errors if "--ep" in line] == [
+        "train_small.py: --ep 4 does not divide --dp 2; nearest: --pp 1 --virtual-stages 1 --ep 2 --dp 2 --microbatches 1"]  # fmt: skip
+    assert not (tmp_path / "run").exists()

@@ -815,7 +815,7 @@ def test_the_resolved_config_seed_and_versions_are_printed_and_saved(reported, t
     first = capsys.readouterr().out.splitlines()[0]
     assert "seed 7" in first and f"torch {torch.__version__}" in first and str(tmp_path / "run" / "config.json") in first
     saved = json.loads((reported[0] / "config.json").read_text())
-    t = settings(reported[0])
+    t = settings(reported[0], dp=1, microbatches=1)
     assert saved["train"] == dataclasses.asdict(t) and saved["train"]["seed"] == 0
     assert saved["model"] == json.loads(json.dumps(dataclasses.asdict(CONFIG)))
     assert saved["versions"]["torch"] == torch.__version__ and set(saved["versions"]) >= {"python", "numpy", "pillow"}
