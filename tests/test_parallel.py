@@ -214,6 +214,7 @@ def run_case(case, folder):
             counts = trainer._measure()[1]
         results.append(measured(trainer.update(turned(batches, step))))
     state, optimizer = trainer.gather(model.state_dict()), trainer.gather(trainer.state_tensors())
+    assert_comes_back(case, place, state, optimizer)
     everyone = [None] * case.world
     dist.all_gather_object(everyone, results)
     if place.rank == 0:
@@ -223,6 +224,17 @@ def run_case(case, folder):
         save_tensors(optimizer, folder / f"{case.name}.optimizer")
         save_tensors({"counts": counts}, folder / f"{case.name}.counts")
         (folder / f"{case.name}.results").write_text(json.dumps(results))
+
+
+def assert_comes_back(case, place, state, optimizer):
+    """What was gathered on rank 0 can be dealt out again: a new Trainer that takes its own part gathers the same."""
+    whole = [state, optimizer]
+    dist.broadcast_object_list(whole)
+    fresh = Trainer(build(case, case.config, place), muon_clip, SETTINGS, place)
+    fresh.model.load_state_dict(fresh.own_model(whole[0]))
+    fresh.load_state_tensors(fresh.own_state(whole[1]))
+    for found, tensors in zip((fresh.gather(fresh.model.state_dict()), fresh.gather(fresh.state_tensors())), (state, optimizer)):
+        assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def work(rank, ports, folder):
