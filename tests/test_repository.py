@@ -21,8 +21,8 @@ DOCS = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items()}
 ORDER = ("moe media pictures optim tokenizer template vit3d example texts scenes sources manifest mla checkpoint "
          "generate k25 data evaluate report adapter op ops_rope ops_attention ops_int4 ops_experts ops_training ops_media "
          "ops_vision ops_text tinygrad_twins sandbox patterns conformance taps golden_cases golden_models goldens peer "
-         "divergence mutants defects exercises classroom bench oracle step dep parallel activations planner shards storage "
-         "scaling train_small").split()  # fmt: skip
+         "divergence mutants defects exercises classroom bench oracle step dep parallel activations footprint planner "
+         "shards storage scaling train_small").split()  # fmt: skip
 LONGEST = 700  # lines; beyond that, one concept of the module becomes a module of its own
 
 each_module = pytest.mark.parametrize("name", MODULES)

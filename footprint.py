@@ -1,0 +1,306 @@
+"""What a rank of the parallel trainer holds, in bytes, without building it: weights, gradients, optimizer state, activations.
+
+Weights are counted by name on the meta device, cut as parallel.py cuts them. What a layer keeps for its backward pass
+is written down tensor by tensor (`layer_kept`), as the unfused operations of mla.py and moe.py keep it;
+`measure_saved` counts what autograd really keeps, and the tests compare the two.
+
+Public names: Recipe, RECIPES, RECOMPUTE, Kept, layer_kept, embed_kept, head_kept, shared_kept, stage_kept, vision_kept,
+measure_saved, pretended, Holding, holdings.
+Letters: B rows, T tokens, C hidden, H heads, N/P/V nope, rope and value head dims, J = N + P, Q query rank, R latent rank,
+E experts, K chosen, F expert width, U vocabulary.     Tests: pytest tests/test_planner.py
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from k25 import K25
+from optim import SLOTS, partition
+from parallel import ParallelError, Place
+
+# ------------------------------------------------------------------------------------------- precisions
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Bytes per number, of what is kept and of what is computed."""
+
+    weights: int
+    gradients: int
+    state: int  # each of the optimizer's slots
+    master: int  # a second copy of the weights beside the optimizer's state, 0 for none
+    stream: int  # the residual stream, norms' outputs, pipeline messages
+    linear: int  # inputs and outputs of matrix products outside the experts
+    experts: int  # the same inside, and the tokens on their way there
+    wide: int  # inside norms and routers
+
+
+# The first three are --dtype of train_small.py: bfloat16 computes by autocast over float32 weights, and the experts in
+# the dtype of the tokens, which is the stream's. The last is how K2 was trained: weights in bfloat16, gradients summed
+# in float32, a float32 master copy in the optimizer's shard.
+RECIPES = {
+    "float32": Recipe(4, 4, 4, 0, 4, 4, 4, 4),
+    "float64": Recipe(8, 8, 8, 0, 8, 8, 8, 8),
+    "bfloat16": Recipe(4, 4, 4, 0, 4, 2, 4, 4),
+    "bfloat16-weights": Recipe(2, 4, 4, 4, 2, 2, 2, 4),
+}
+FP8 = 1 + 4 / 128  # bytes per number: E4M3 in tiles of 128 with one float32 scale
+CHUNK = 1024  # tokens of logits at a time, as cross_entropy_fused
+RECOMPUTE = ("norms", "swiglu", "mla")
+
+
+# ------------------------------------------------------------------------------------------- activations
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One tensor that waits for the backward pass.
+
+    recomputed: bytes that remain when its group — norms, swiglu or mla — is recomputed; fp8: bytes as FP8, if it may be.
+    """
+
+    name: str
+    group: str  # norms | swiglu | mla | copies (of weights, in the dtype of the products) | other
+    bytes: float
+    recomputed: float | None = None
+    fp8: float | None = None
+
+    def after(self, recompute=(), fp8=False):
+        """Its bytes with some groups recomputed, and what may be in FP8."""
+        plain = self.fp8 if fp8 and self.fp8 is not None else self.bytes
+        return self.recomputed if self.group in recompute and self.recomputed is not None else plain
+
+
+def _norm(name, width, n, given, weight, wide, outputs):
+    """What RMSNorm keeps of n tokens: its input made wide, 1/rms, what the weight multiplies, and its outputs' copies.
+
+    given, weight, wide: bytes per number of input, weight and inside; outputs: bytes per number of each copy.
+    """
+    inside = (0 if given == wide else wide) + given + sum(outputs)
+    return [Kept(f"{name}: input", "norms", n * width * (given if given == wide else 0), n * width * given),
+            Kept(f"{name}: inside and output", "norms", n * (width * inside + wide), 0)]  # fmt: skip
+
+
+def layer_kept(config, recipe, rows, length, dense, ep=1):
+    """All that one decoder layer keeps for its backward pass, routing as even as can be.
+
+    rows, length: B, T of a microbatch; dense: bool — layers before the first MoE layer; ep: ranks that share experts.
+    Returns a list of Kept. What all layers of a stage share is in `shared_kept`.
+    """
+    n, c, s, w, e, p = rows * length, recipe.linear, recipe.stream, recipe.wide, recipe.experts, recipe.weights
+    hidden, heads, query, latent = config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    joined, top_k, width = nope + rope, config.num_experts_per_tok, config.moe_intermediate_size
+    cast = p != c  # autocast: each product keeps its own copies of input and weight
+    wider = max(joined, value)  # values are padded to it for the flash kernels
+    kept = _norm("input_layernorm", hidden, n, s, p, w, [c, c] if cast else [c])
+    kept += _norm("q_a_layernorm", query, n, c, p, w, [c])
+    split = latent + (rope if c == w else 0)  # a part of kv_a's output is kept as all of it
+    kept += [Kept("kv_a_layernorm: input", "norms", n * split * (w if c == w else 0), n * latent * c),
+             Kept("kv_a_layernorm: inside and output", "norms", n * (latent * (2 * c + (w if c != w else 0)) + w), 0),
+             Kept("query", "mla", n * heads * joined * c, 0),
+             Kept("key", "mla", n * heads * joined * c, n * rope * c),
+             Kept("value, padded", "mla", n * heads * wider * c, 0),
+             Kept("mask, as numbers", "other", n * length * c),
+             Kept("attention: output, log-sum-exp", "other", n * heads * (wider * c + w)),
+             Kept("o_proj: input", "other", n * heads * value * c)]  # fmt: skip
+    attention = hidden * (query + latent + rope) + query * heads * joined + latent * heads * (nope + value) + heads * value * hidden
+    kept += _norm("post_attention_layernorm", hidden, n, s, p, w, [])
+    if dense:
+        inputs, mlp, copies = [c, c] if cast else [c], config.intermediate_size, 0
+    else:
+        shared = config.n_shared_experts > 0
+        inputs = [w] + ([c, c] if cast else [c] if c != w else []) * shared  # router's, shared experts'
+        mlp, copies = width * config.n_shared_experts, config.n_routed_experts * hidden * w * (p != w)
+    kept += [Kept("post_attention_layernorm: outputs", "norms", n * hidden * sum(inputs), 0)]
+    kept += _swiglu("mlp" if dense else "shared_experts", n * mlp, c, 2)
+    if cast:
+        copies += (attention + 3 * hidden * mlp) * c
+    kept += [Kept("weights in another dtype", "copies", copies)]
+    if dense:
+        return kept
+    chosen = n * top_k
+    kept += [Kept("router: scores, order of all experts", "other", n * config.n_routed_experts * (w + 8)),
+             Kept("router: weights, sums, rows' order", "other", n * (top_k * (2 * w + 16) + 2 * w + 1)),
+             Kept("experts: rows in", "other", chosen * hidden * e, None, chosen * hidden * FP8)]  # fmt: skip
+    kept += _swiglu("experts", chosen * width, e, 2 if ep > 1 else 3)  # elsewhere they are weighted after their return
+    if ep > 1:
+        kept += [Kept("experts: rows back", "other", chosen * (hidden * e + 16 + w), None, chosen * hidden * FP8)]
+    return kept
+
+
+def _swiglu(name, numbers, size, products):
+    """Gate and up, and what is made of them: silu(gate), the product, and of the experts also the weighted product."""
+    return [Kept(f"{name}: gate and up", "other", 2 * numbers * size, None, 2 * numbers * FP8),
+            Kept(f"{name}: silu and products", "swiglu", products * numbers * size, 0)]  # fmt: skip
+
+
+def embed_kept(config, rows, length):
+    """What the embedding keeps: the ids. Returns a list of Kept."""
+    return [Kept("ids", "other", rows * length * 8)]
+
+
+def head_kept(config, recipe, rows, length):
+    """What norm, head and chunked cross-entropy keep. Returns a list of Kept."""
+    n, s, p = rows * length, recipe.stream, recipe.weights
+    kept = _norm("norm", config.hidden_size, n, s, p, recipe.wide, [])
+    if n > CHUNK:  # each chunk is recomputed
+        return kept + [Kept("hidden", "other", n * (config.hidden_size * s + 8))]
+    copies = config.vocab_size * config.hidden_size * recipe.linear * (p != recipe.linear)
+    return kept + [Kept("hidden, logits", "other", n * (config.hidden_size * recipe.linear + config.vocab_size * recipe.wide + 8)),
+                   Kept("lm_head in another dtype", "copies", copies)]  # fmt: skip
+
+
+def _unit_kept(config, recipe, unit, rows, length, ep):
+    if unit == "embed":
+        return embed_kept(config, rows, length)
+    if unit == "head":
+        return head_kept(config, recipe, rows, length)
+    return layer_kept(config, recipe, rows, length, unit < config.first_k_dense_replace, ep)
+
+
+def shared_kept(config, recipe, rows, length, full):
+    """What the layers of a stage share for one microbatch: cos and sin; of whole-block recompute also the mask."""
+    bits = rows * length * (length + 1) if full else 0
+    return [Kept("rope table, mask", "other", rows * length * config.qk_rope_head_dim * recipe.wide + bits)]
+
+
+def stage_kept(config, recipe, units, rows, length, ep=1, recompute=(), fp8=False):
+    """Bytes that one microbatch keeps in a stage, and bytes that its backward pass adds while it runs.
+
+    recompute: groups of RECOMPUTE, or ("full",): each block keeps its input alone. Returns (kept, working).
+    """
+    full, n = "full" in recompute, rows * length
+    kept, working = 0.0, 0.0
+    for unit in units:
+        tensors = _unit_kept(config, recipe, unit, rows, length, ep)
+        whole = sum(t.bytes for t in tensors)
+        if full and isinstance(unit, int):
+            left = n * config.hidden_size * recipe.stream
+        else:
+            left = sum(t.after(recompute, fp8) for t in tensors)
+        logits = min(n, CHUNK) * config.vocab_size * 2 * recipe.wide if unit == "head" else 0
+        kept, working = kept + left, max(working, whole - left + logits)
+    if any(isinstance(unit, int) for unit in units):
+        kept += sum(t.bytes for t in shared_kept(config, recipe, rows, length, full))
+    return kept, working
+
+
+def vision_kept(config, recipe):
+    """Bytes that one patch keeps in the tower, an estimate: twelve times the width and twice the MLP's in each block."""
+    vision = config.vision
+    return vision.vt_num_hidden_layers * (12 * vision.vt_hidden_size + 2 * vision.vt_intermediate_size) * recipe.linear
+
+
+def measure_saved(run, mine=()):
+    """Bytes that autograd keeps of one forward pass: distinct storages, without those of `mine`.
+
+    run: function without arguments; mine: tensors that exist anyway, as parameters. Returns (bytes, result of run).
+    """
+    own = {tensor.untyped_storage().data_ptr() for tensor in mine}
+    found = {}  # storage → (bytes, a tensor that keeps it alive, so that no other takes its address)
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return sum(size for size, _ in found.values()), result
+
+
+# ---------------------------------------------------------------------------------- what a rank holds
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one pipeline rank holds through the whole step. Numbers, then bytes."""
+
+    numbers: int  # parameters, and the biases of its routers
+    experts: int  # of them in routed experts
+    weights: int
+    gradients: int
+    state: int  # with ZeRO-1 of the replica that got most
+    step: int  # for a moment, while the optimizer steps
+
+
+@contextlib.contextmanager
+def pretended(world, rank=0):
+    """A process group of `world` ranks of which only this one exists; nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
+
+    if dist.is_initialized():
+        raise ParallelError("planning needs a process without a process group: run it outside torchrun")
+    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def holdings(config, layout, recipe):
+    """One Holding per pipeline rank, from the parameters of the meta model by name, as Place deals them out."""
+    with torch.device("meta"):
+        model = K25(config)
+    named = [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    biases = [(name, b.numel()) for name, b in model.named_buffers()]  # of the routers: float32 in every recipe, no gradient
+    muon = set(partition(model.named_parameters())[0])
+    found = []
+    for rank in range(layout.pp):
+        with pretended(layout.pp * layout.dp, rank * layout.dp):
+            place = Place(layout)
+            units = {unit for part in place.parts(config.num_hidden_layers).values() for unit in part}
+            units |= {"vision"} if layout.encoder == "dep" or rank == 0 else set()
+            numbers = experts = 0
+            groups = {}  # process group → [(name, shape)]: what it reduces, and ZeRO-1 deals out
+            for name, shape in named:
+                if _unit_of(name) not in units:
+                    continue
+                if ".mlp.experts." in name:
+                    shape = (shape[0] // layout.ep, *shape[1:])
+                    experts += math.prod(shape)
+                numbers += math.prod(shape)
+                groups.setdefault(place.group_of(name), []).append((name, shape))
+            shares = [_largest_share(members, muon, dist.get_world_size(group) if layout.zero1 else 1, recipe)
+                      for group, members in groups.items()]  # fmt: skip
+        bias = sum(size for name, size in biases if _unit_of(name) in units)
+        found.append(Holding(numbers + bias, experts, numbers * recipe.weights + 4 * bias, numbers * recipe.gradients,
+                             sum(state for state, _ in shares), sum(step for _, step in shares)))  # fmt: skip
+    return found
+
+
+def _unit_of(name):
+    """embed, a layer's number, head, or vision: where a parameter lives, by its name."""
+    parts = name.split(".")
+    if parts[0] != "language_model":
+        return "vision"
+    return int(parts[3]) if parts[2] == "layers" else "embed" if parts[2] == "embed_tokens" else "head"
+
+
+def _largest_share(members, muon, ranks, recipe):
+    """Bytes of optimizer state, and of the step's working tensors, on the rank that got most.
+
+    Whole parameters are dealt out as ZeroRedundancyOptimizer does: group by group of MuonClip, the largest first, each
+    to the rank with the fewest numbers. While it steps, Muon holds a direction for each of its matrices, and of the
+    shape it is at a stacked copy, two iterates of Newton–Schulz (in bfloat16) and the result.
+    """
+    kinds = {"muon": [m for m in members if m[0] in muon],
+             "matrices": [m for m in members if m[0] not in muon and len(m[1]) > 1],
+             "vectors": [m for m in members if m[0] not in muon and len(m[1]) < 2]}  # fmt: skip
+    load, state, directions, stacks = [0] * ranks, [0] * ranks, [0] * ranks, [{} for _ in range(ranks)]
+    for kind, those in kinds.items():
+        slots = len(SLOTS["muon" if kind == "muon" else "adamw"])
+        for _, shape in sorted(those, key=lambda member: math.prod(member[1]), reverse=True):
+            rank, numbers = load.index(min(load)), math.prod(shape)
+            load[rank] += numbers
+            state[rank] += numbers * (slots * recipe.state + recipe.master)
+            if kind == "muon":
+                directions[rank] += numbers * recipe.state
+                stacks[rank][shape[-2:]] = stacks[rank].get(shape[-2:], 0) + numbers
+    working = [most + max(stack.values(), default=0) * (2 * recipe.state + 2) for most, stack in zip(directions, stacks)]
+    return max(state), max(working)
