@@ -24,7 +24,7 @@ from k25 import load, save
 from mla import Yarn
 from moe import Routing
 from op import Suspect
-from patterns import pattern
+from patterns import pattern, shape_pattern
 from taps import capture, read_taps, standard_prompts, write_taps
 from test_k25 import built
 
@@ -637,6 +637,34 @@ X = torch.randn(5, 6, 6, generator=torch.Generator().manual_seed(0))
     (torch.cat((X[:3], X[3:] + 1)), "wrong only at [3, 4] of axis 0"),
     (X + torch.arange(36).view(6, 6), "unknown; "),
     (torch.full_like(X, torch.nan), "100% of the values are infinite or no number"),
+    (torch.zeros_like(X), "all zeros"),
+    (X + 2e-3 * X.roll(2, 0), "within "),
 ])  # fmt: skip
 def test_wrong_numbers_are_described(theirs, words):
     assert pattern(theirs, X).startswith(words), pattern(theirs, X)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (1, 1), (3, 1), (2, 3, 4)])
+def test_wrong_numbers_of_any_shape_are_described(shape):
+    generator = torch.Generator().manual_seed(0)
+    theirs, ours = (torch.randn(shape, generator=generator) for _ in range(2))
+    for wrong in (theirs, ours + 1, ours.abs() + theirs.abs(), ours + 1e-3 * theirs, torch.zeros(shape)):
+        assert pattern(wrong, ours) and pattern((4 * wrong).long(), (4 * ours).long())
+    assert "order" not in pattern(ours + 1e-3 * theirs, ours)
+
+
+def test_a_vector_is_described_like_a_matrix():
+    vector = X.flatten()[:8]
+    assert pattern(vector.roll(1), vector).startswith("off by one position (late)")
+    assert pattern(vector.flip(0), vector).startswith("slices in another order, [7, 6, 5,")
+    assert pattern(torch.cat((vector[:3], vector[3:] + 1)), vector) == "wrong only at [3, 4, 5, 6, 7] of axis 0"
+
+
+@pytest.mark.parametrize("theirs, ours, words", [
+    (X.flatten(), X, "the right values in another shape"),
+    (X[:4].transpose(0, 1), X[:4], "axes 0 and 1 are transposed"),
+    (X[:1], X, "another number of values"),
+    (X[:0].flatten(), X[:0], "the right values in another shape"),
+])  # fmt: skip
+def test_wrong_shapes_are_described(theirs, ours, words):
+    assert shape_pattern(theirs, ours) == words
