@@ -5,11 +5,13 @@
     {"text": "<video>A ball rolls left.", "video": "clip.gif"}          or a folder of frames
     {"text": "<video>…", "video": ["f0.png", "f1.png"], "fps": 2}       or a list of frames
 
-Markers take their media in order; paths are relative to the manifest (absolute and `..` paths are allowed).
+Markers take their media in order; paths are relative to the manifest (absolute and `..` paths are allowed, and so
+are URLs). The manifest or folder itself may be a URL, `s3://bucket/mine.jsonl`: see storage.py.
 A list under "video" with one `<video>` marker is the frames of one clip, otherwise one clip per marker.
 A folder is read recursively: `.txt`, `.md` and `.py` files are text; an image or animation with a caption
 file of the same name (`a.png` + `a.txt`) is a picture followed by its caption. A marker written in a plain
-text file is only text. Every row is opened once, so that all bad rows are known before training starts.
+text file is only text. Every row is opened once, so that all bad rows are known before training starts; an object
+store that does not answer is no bad row, and stops the opening.
 
 Public names: open_manifest, ManifestSource, Row, MARKER, DataError.     Tests: pytest tests/test_manifest.py
 """
@@ -27,6 +29,7 @@ from PIL import Image
 
 from example import Example
 from media import Clip, load_image, load_video
+from storage import MissingError, RemotePath, StorageError, Store, in_threads, is_url, public_url
 
 MARKER = re.compile(r"<image>|<video>")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -35,6 +38,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 FRAME_LIST_FPS = 2.0  # frames per second of a list of frames without "fps": the released sampling rate
 HELD_OUT_SHARE = 10  # one row in ten, by the hash of its content
 LISTED = 10  # bad rows shown in an error
+QUOTED_URL = re.compile(rb'"[A-Za-z][\w+.-]*://')  # in a manifest: a value that may be the URL of a medium
+AHEAD = 8  # rows whose remote files are fetched before they are drawn
 
 
 class DataError(ValueError):
@@ -43,12 +48,12 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One usable row. Media stay on disk and are loaded when the row is drawn."""
+    """One usable row. Media stay where they are and are loaded when the row is drawn."""
 
     where: str  # "line 3" of a manifest, or a file of a folder
     text: str
-    images: tuple[Path, ...] = ()
-    clips: tuple[tuple[Path, ...], ...] = ()  # each one file or folder, or the frames of one clip
+    images: tuple[Path | RemotePath, ...] = ()
+    clips: tuple[tuple[Path | RemotePath, ...], ...] = ()  # each one file or folder, or the frames of one clip
     fps: float | None = None  # of every clip; None: what the file says, FRAME_LIST_FPS for a list of frames
 
     @property
@@ -108,12 +113,16 @@ class ManifestPart:
         number: int — how many rows of this part were drawn before; seed: int or str — fixes every order.
         Raises DataError naming the row when its files changed since the manifest was opened.
         """
-        epoch, place = divmod(number, len(self.rows))
-        row = self.rows[_epoch_order(len(self.rows), f"{seed}/{self.name}/{epoch}")[place]]
+        row = self._row(number, seed)
+        _fetch_ahead(self._row(number + step, seed) for step in range(AHEAD + 1))
         try:
             return row.example(self.name)
         except (ValueError, OSError) as error:
             raise DataError(f"{self.name}, {row.where}: {error}") from error
+
+    def _row(self, number, seed):
+        epoch, place = divmod(number, len(self.rows))
+        return self.rows[_epoch_order(len(self.rows), f"{seed}/{self.name}/{epoch}")[place]]
 
 
 @functools.lru_cache(maxsize=16)
@@ -124,34 +133,38 @@ def _epoch_order(n, key):
     return tuple(order)
 
 
-def open_manifest(path, skip_bad=False, check: Callable[[Example], object] | None = None):
+def _fetch_ahead(rows):
+    """Begin to fetch the remote files of rows, in the background; a folder of frames is left to its reader."""
+    for row in rows:
+        for path in (*row.images, *(path for clip in row.clips for path in clip)):
+            if isinstance(path, RemotePath) and not path.is_dir():
+                path.store.ahead([path.url])
+
+
+def open_manifest(path, skip_bad=False, check: Callable[[Example], object] | None = None, store=None):
     """Open the user's data, trying every row once.
 
-    path: str or Path — a `.jsonl` manifest or a folder; skip_bad: bool — drop bad rows (they stay listed in
+    path: str or Path — a `.jsonl` manifest or a folder, local or a URL; skip_bad: bool — drop bad rows (they stay listed in
     `bad`) instead of raising; check: called with each Example, raises ValueError to refuse it (as
-    data.check_length does for a picture longer than a training row).
+    data.check_length does for a picture longer than a training row); from several threads when objects are remote;
+    store: storage.Store — reads the URLs; None: one with default settings, when there is a URL.
     Returns ManifestSource: a row is held out when the hash of its text and pixels says so (one in ten, equal
     rows together); with fewer than ten good rows all are training rows.
     Raises DataError listing the bad rows by line or file (the first ten and the count), or when none is left.
     """
-    path = Path(path)
-    name = path.resolve().stem
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; give a .jsonl manifest or a folder")
-    if not path.is_dir() and path.suffix != ".jsonl":
-        raise DataError(f"{path}: neither a .jsonl manifest nor a folder")
-    rows, keys, bad = [], [], []
-    for where, read in _folder_entries(path) if path.is_dir() else _json_entries(path):
-        try:
-            row = read()
-            example = row.example(name)
-            if check is not None:
-                check(example)
-        except (ValueError, OSError, RecursionError) as error:
-            bad.append(f"{where}: {error}")
-        else:
-            rows.append(row)
-            keys.append(_content_hash(example))
+    try:
+        path = (store or _default_store()).path(path) if is_url(path) else Path(path)
+        name = path.stem if isinstance(path, RemotePath) else path.resolve().stem
+        if not path.exists():
+            raise DataError(f"{path}: no such file or folder; give a .jsonl manifest or a folder")
+        if not path.is_dir() and path.suffix != ".jsonl":
+            raise DataError(f"{path}: neither a .jsonl manifest nor a folder")
+        tries = _tries(path, name, check, store)
+    except StorageError as error:
+        raise DataError(str(error)) from None
+    rows = [row for row, _ in tries if isinstance(row, Row)]
+    keys = [key for row, key in tries if isinstance(row, Row)]
+    bad = [row for row, _ in tries if isinstance(row, str)]
     if bad and not skip_bad:
         more = f"\n  … and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
         listing = "\n  ".join(bad[:LISTED])
@@ -167,6 +180,36 @@ def open_manifest(path, skip_bad=False, check: Callable[[Example], object] | Non
         tuple(row for row, out in zip(rows, held) if out),
         tuple(bad),
     )
+
+
+@functools.cache
+def _default_store():
+    return Store()
+
+
+def _tries(path, name, check, store):
+    """For every entry (Row, hash of its content), or ("where: reason", None) for a bad one, in order."""
+    content = b"" if path.is_dir() else path.read_bytes()
+    entries = _folder_entries(path) if path.is_dir() else _json_entries(content, path.parent, store)
+    tried = functools.partial(_try_row, name=name, check=check)
+    if isinstance(path, RemotePath) or QUOTED_URL.search(content):  # far away: waiting for one row, ask for the next
+        return in_threads(tried, entries)
+    return [tried(entry) for entry in entries]
+
+
+def _try_row(entry, name, check):
+    """Read one entry: (Row, hash) or ("where: reason", None). Raises StorageError when a store does not answer."""
+    where, read = entry
+    try:
+        row = read()
+        example = row.example(name)
+        if check is not None:
+            check(example)
+    except (ValueError, OSError, RecursionError) as error:
+        if isinstance(error, StorageError) and not isinstance(error, MissingError):
+            raise
+        return f"{where}: {error}", None
+    return row, _content_hash(example)
 
 
 def _example(text, media, source, modality):
@@ -189,14 +232,19 @@ def _content_hash(example):
     return int.from_bytes(digest.digest()[:8], "big")
 
 
-def _json_entries(path):
-    """Yield ("line n", reader) for every non-blank line."""
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+def _json_entries(content, base, store):
+    """Yield ("line n", reader) for every non-blank line of a manifest's bytes."""
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
-            yield f"line {number}", functools.partial(_json_row, f"line {number}", line, path.parent)
+            yield f"line {number}", functools.partial(_json_row, f"line {number}", line, base, store)
 
 
-def _json_row(where, line, base):
+def _located(base, name, store):
+    """Where a name of a row is: a URL of its own, or relative to the manifest's folder."""
+    return (store or _default_store()).path(name) if is_url(name) else base / name
+
+
+def _json_row(where, line, base, store):
     """Parse one line into a Row. Raises DataError with the reason."""
     try:
         record = json.loads(line.decode("utf-8"))
@@ -212,12 +260,12 @@ def _json_row(where, line, base):
     if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < float("inf")):
         raise DataError(f'"fps" must be a positive number, not {fps!r}')
     for name in (*images, *videos):
-        if not (base / name).exists():
-            raise DataError(f"missing file {name}")
+        if not _located(base, name, store).exists():
+            raise DataError(f"missing file {public_url(name)}")
     for marker, names in (("<image>", images), ("<video>", videos)):
         if marker in text and not names:
             raise DataError(f"the text has {text.count(marker)} {marker} but 0 are given")
-    images, videos = (tuple(base / name for name in names) for names in (images, videos))
+    images, videos = (tuple(_located(base, name, store) for name in names) for names in (images, videos))
     one_clip = len(videos) > 1 and text.count("<video>") == 1
     clips = (videos,) if one_clip else tuple((video,) for video in videos)
     return Row(where, text, images, clips, fps)
@@ -246,7 +294,8 @@ def _folder_entries(folder):
     """Yield (file, reader) for every text file and image, sorted; caption files go with their image."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not _hidden(path.relative_to(folder)))
     pictures = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    captions = {path: _caption_file(path) for path in pictures}
+    present = set(files)
+    captions = {path: _caption_file(path, present) for path in pictures}
     for path in files:
         where = path.relative_to(folder).as_posix()
         if path in captions:
@@ -259,9 +308,9 @@ def _hidden(path):
     return any(part.startswith(".") for part in path.parts)
 
 
-def _caption_file(picture):
+def _caption_file(picture, files):
     candidates = (picture.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if path in files), None)
 
 
 def _text_row(where, path):
@@ -272,7 +321,7 @@ def _captioned_row(where, path, caption):
     if caption is None:
         raise DataError(f"no caption file {path.stem}.txt beside it")
     text = _checked_text(_read_text(caption).strip())
-    with Image.open(path) as picture:
+    with path.open("rb") as file, Image.open(file) as picture:
         animated = getattr(picture, "n_frames", 1) > 1 and path.suffix.lower() not in (".tif", ".tiff")
     marker = "<video>" if animated else "<image>"
     text = text if marker in text else marker + text

@@ -107,34 +107,35 @@ class ResizePlan:
     padded_height: int
 
 
-def load_image(source: str | os.PathLike | Image.Image) -> Image.Image:
+def load_image(source) -> Image.Image:
     """Read one picture as 8-bit RGB.
 
     Colours follow the released processor's plain `convert("RGB")`: alpha is dropped (not composited) and an EXIF
     orientation is ignored. What Pillow would clip is scaled instead: I;16 and I are 16-bit levels (0..65535 ->
     0..255), F is 0..1 when no value passes 1, else 0..255.
 
-    Args: source: a file, or a Pillow image of any mode. An animation gives its current (for a file: first) frame.
+    Args: source: a file (str, path, or what reads like a pathlib.Path, as storage.RemotePath does), or a Pillow image
+    of any mode. An animation gives its current (for a file: first) frame.
     Returns: a new image of mode RGB.
     Raises: MediaError naming the file: missing, empty, not an image, truncated, zero-sized, too large, odd mode.
     """
     if isinstance(source, Image.Image):
         return _to_rgb(source, "image in memory")
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read_bytes"):
         raise MediaError(f"an image must be a path or a Pillow image, not {type(source).__name__}")
-    with _open(pathlib.Path(source)) as image:
+    with _open(_path(source)) as image:
         return _to_rgb(image, str(source))
 
 
-def load_video(path: str | os.PathLike, fps: float | None = None) -> Clip:
+def load_video(path, fps: float | None = None) -> Clip:
     """Read an animated GIF, WebP or APNG, or a folder of frames (in the natural order of their names).
 
     fps = frames / total duration, the average rate, as the released processor takes it from a container.
 
-    Args: path: file or folder; fps: overrides the rate. A folder without one counts 2 frames per second.
+    Args: path: file or folder, as for load_image; fps: overrides the rate. A folder without one counts 2 frames per second.
     Returns: a Clip of RGB frames. Raises: MediaError naming the file.
     """
-    path = pathlib.Path(path)
+    path = _path(path)
     if path.is_dir():
         frames = _folder_frames(path)
         return Clip(frames, FOLDER_FPS if fps is None else fps)
@@ -142,7 +143,12 @@ def load_video(path: str | os.PathLike, fps: float | None = None) -> Clip:
     return Clip(frames, 1000.0 * len(frames) / sum(durations_ms) if fps is None else fps)
 
 
-def _open(path: pathlib.Path) -> Image.Image:
+def _path(source):
+    """A pathlib.Path, or the object itself when it only reads like one."""
+    return pathlib.Path(source) if isinstance(source, (str, os.PathLike)) else source
+
+
+def _open(path) -> Image.Image:
     """Open a picture file without decoding it."""
     if path.is_dir():
         raise MediaError(f"{path}: a folder, not an image; read a folder of frames with load_video")
@@ -150,8 +156,9 @@ def _open(path: pathlib.Path) -> Image.Image:
         raise MediaError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty (0 bytes)")
+    readable = path if isinstance(path, pathlib.Path) else path.open("rb")  # outside the try: storage has its own errors
     try:
-        return Image.open(path)
+        return Image.open(readable)
     except UnidentifiedImageError as error:
         raise MediaError(f"{path}: not an image that Pillow can read (clips: GIF, WebP, APNG or a folder)") from error
     except Exception as error:  # format plugins raise whatever their parser meets, and the bomb guard its own class
