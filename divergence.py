@@ -202,8 +202,9 @@ class _Side:
     def _inputs(self, tap):
         """The inputs of our operation in the forced run, or theirs where they tell them."""
         told = self.theirs.inputs.get(tap.name, {})
-        fits = lambda argument, ours: isinstance(ours, torch.Tensor) and argument in told and told[argument].shape == ours.shape  # noqa: E731
-        return {a: told[a].to(ours) if fits(a, ours) else ours for a, ours in tap.inputs.items()}
+        fitting = {a for a, ours in tap.inputs.items()
+                   if a in told and isinstance(ours, torch.Tensor) and told[a].shape == ours.shape}  # fmt: skip
+        return {a: told[a].to(ours) if a in fitting else ours for a, ours in tap.inputs.items()}
 
     def _expected(self, tap):
         return _evaluate(tap, self._inputs(tap)) if self.theirs.inputs.get(tap.name) else tap.output
@@ -240,7 +241,8 @@ class _Side:
         wrong = own & (margins > (self._coarseness() if since else TOLERANCE[torch.float32]))
         row = Row(tap.name, tap.op, "DIFF", share, float(flips.sum()), own.double().mean().item())
         if wrong.any():
-            words = f"{int(wrong.sum())} of {tokens} tokens go to other experts, by margins of the score up to {margins[own].max():.1e}"
+            words = (f"{int(wrong.sum())} of {tokens} tokens go to other experts, "
+                     f"by margins of the score up to {margins[own].max():.1e}")  # fmt: skip
             cause = self._cause(tap, absent, (theirs, tap.output.sort(dim=-1).values), 1.0)
             return dataclasses.replace(row, diverges=True, words=words, cause=cause)
         if own.any():
@@ -601,7 +603,8 @@ def main(options):
     wrong = {name: next((row for row in rows if row.diverges), None) for name, rows in traced.items()}
     print()
     for name, row in wrong.items():
-        print(f"{name}: " + (f"first divergence at {row.tap} ({row.op}): {row.cause}" if row else "no divergence"))
+        silent = "nothing to compare" if all(r.status == "MISSING" for r in traced[name]) else "no divergence"
+        print(f"{name}: " + (f"first divergence at {row.tap} ({row.op}): {row.cause}" if row else silent))
     print(f"report: {out / 'trace.json'}, {out / 'trace.png'}")
     return 1 if any(wrong.values()) else 0
 

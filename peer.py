@@ -103,7 +103,7 @@ class Peer:
     def capture(self, prompt):
         """Run a prompt. Returns {tap: output}, {tap: {argument: weight}} and {tap or beginning of taps: why missing}.
 
-        Where the public path cannot run media, items go one by one; what still cannot run is missing from there on.
+        Where the public path cannot run media, items go one by one; what not every item reaches is missing.
         """
         if prompt.patches is not None and self.tower is None:
             return {}, {}, {"": f"{type(self.model).__name__} has no vision tower"}
@@ -112,6 +112,7 @@ class Peer:
             self._run(prompt, watch, missing)
         except Exception as error:  # noqa: BLE001 - their code may fail in any way, and that is what is to be told
             missing[""] = self._cannot(error)
+            watch.drop_partial(0 if prompt.grid_thw is None else len(prompt.grid_thw))
         finally:
             watch.end()
         taps = watch.taps()
@@ -168,6 +169,11 @@ class _Watch:
     def forget(self):
         """Drop what an interrupted run left."""
         self.found.clear()
+
+    def drop_partial(self, items):
+        """Drop what a run that was interrupted between so many media items gave for the first of them only."""
+        for name in [n for n, parts in self.found.items() if n.startswith("vision.") and len(parts) < items]:
+            del self.found[name]
 
     def taps(self):
         """{tap: output}; items that ran one after another are put together along their first dimension."""

@@ -600,6 +600,17 @@ def test_where_transformers_breaks_down_the_rest_is_missing(aligned, tmp_path, m
         assert taps["decoder.logits"]["status"] == "MISSING" and "(no such kernel)" in taps["decoder.logits"]["note"]
 
 
+def test_what_transformers_gave_for_the_first_of_two_items_is_not_compared(aligned, tmp_path, monkeypatch, transformers, capsys):
+    def broken(self, hidden_states, grid_thw, **kwargs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr("transformers.models.kimi_k25.modeling_kimi_k25.Kimi_K25VisionPositionEmbeddings.forward", broken)
+    code, report = run(aligned, f"transformers:{aligned}", tmp_path, "--prompts", "text,image")
+    assert code == 0 and {row["status"] for row in report["prompts"]["image"]} == {"MISSING"}
+    assert "(no such kernel)" in report["prompts"]["image"][0]["note"]
+    assert "image: nothing to compare" in capsys.readouterr().out
+
+
 def test_a_weight_that_transformers_has_otherwise_is_named(aligned, tmp_path):
     def change(other):
         other.language_model.model.layers[2].mlp.experts.down_proj[1] += 0.5
