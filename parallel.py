@@ -9,11 +9,11 @@ deterministic, and so knows the size of every picture of the global batch. What 
 sum: each loss is divided by the global number of tokens before its backward pass, and gradients are added.
 
 Schedules, meshes, collectives and ZeRO are torch.distributed's. Hand-written is what K2.5 needs beside them: experts on
-other ranks, losses and counters of the routers inside a pipeline, and DEP (dep.py).
+other ranks (expert_parallel.py), losses and counters of the routers inside a pipeline, and DEP (dep.py).
 
-Public names: ParallelError, join_processes, ranks, on_first, stop, Layout, split_units, Place, keep_units, ExpertParallel,
-Feed, StageModule, zero1, Trainer.
-Letters: B rows, T tokens, C hidden, H heads, E experts, K chosen, F expert width, M merged media tokens.
+Public names: ParallelError, join_processes, ranks, on_first, stop, Layout, split_units, Place, keep_units, Feed, StageModule,
+zero1, Trainer.
+Letters: B rows, T tokens, C hidden, H heads, E experts, M merged media tokens.
 Tests: pytest tests/test_parallel.py
 """
 
@@ -33,9 +33,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleIn
 from torch.utils.checkpoint import checkpoint
 
 import dep
+from expert_parallel import ExpertParallel
 from k25 import K25, cross_entropy_fused, cross_entropy_reference
 from mla import rope_table, visibility
-from moe import MLP, balance_bias_, experts_fused, experts_reference, fake_quant, load_counts, load_cv
+from moe import MLP, balance_bias_, load_cv
 from optim import MuonClip, qk_clip_
 from step import StepResult
 
@@ -107,6 +108,7 @@ class Layout:
     microbatches: int = 1  # M: microbatches per replica and step
     zero1: bool = False  # split the optimizer state over the replicas
     encoder: str = "dep"  # dep | stage0: who runs the vision tower
+    overlap: bool = False  # experts work on one half of the tokens while the other travels
 
     @property
     def stages(self):
@@ -214,7 +216,7 @@ def keep_units(model, place):
     layers = {str(unit): text.layers[unit] for unit in units if isinstance(unit, int)}
     for block in layers.values():
         if place.layout.ep > 1 and not isinstance(block.mlp, MLP):
-            block.mlp.experts = ExpertParallel(block.mlp.experts, place.ep, config.impl)
+            block.mlp.experts = ExpertParallel(block.mlp.experts, place.ep, config.impl, place.layout.overlap)
     text.layers = nn.ModuleDict(layers)
     if "embed" not in units:
         del text.embed_tokens
@@ -223,59 +225,6 @@ def keep_units(model, place):
     if place.layout.encoder == "stage0" and place.pp_rank:
         del model.vision_tower, model.mm_projector
     return model
-
-
-# ------------------------------------------------------------------------------------ expert parallel
-
-
-class _Exchange(torch.autograd.Function):
-    """Rows to other ranks, `send[r]` of them to rank r; their gradients come back the same way. Splits may be zero."""
-
-    @staticmethod
-    def forward(ctx, rows, send, receive, group):
-        ctx.splits, ctx.group = (send, receive), group
-        out = rows.new_empty(sum(receive), *rows.shape[1:])
-        dist.all_to_all_single(out, rows.contiguous(), receive, send, group=group)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        send, receive = ctx.splits
-        return _Exchange.apply(grad, receive, send, ctx.group), None, None, None
-
-
-class ExpertParallel(nn.Module):
-    """This rank's E/ep of a layer's routed experts; tokens travel to the rank that holds their expert, and back.
-
-    Stands in for moe.Experts, with the names of its parameters and its forward.
-    experts: moe.Experts — all of the layer's; group: process group of the ep ranks; impl: "reference" | "fused".
-    """
-
-    def __init__(self, experts, group, impl):
-        super().__init__()
-        self.group, self.ranks, self.qat = group, dist.get_world_size(group), experts.qat
-        self.run = experts_fused if impl == "fused" else experts_reference
-        for name, weight in experts.named_parameters():
-            own = weight.detach().chunk(self.ranks)[dist.get_rank(group)]  # (E/ep,…)
-            setattr(self, name, nn.Parameter(own.clone()))
-
-    def forward(self, x, weights, index):
-        """x: (T,C) float; weights: (T,K) float; index: (T,K) int64 -> (T,C)."""
-        top_k, own = index.shape[1], len(self.gate_proj)
-        order = index.flatten().argsort(stable=True)  # (T·K,) choices by expert, and so by rank
-        leaving = load_counts(index, self.ranks * own).view(self.ranks, own)  # (ep,E/ep) rows for each rank's experts
-        arriving = torch.empty_like(leaving)  # (ep,E/ep) rows from each rank for this one's experts
-        dist.all_to_all_single(arriving, leaving, group=self.group)
-        send, receive = leaving.sum(1).tolist(), arriving.sum(1).tolist()
-        rows = _Exchange.apply(x[order // top_k], send, receive, self.group)  # (n,C)
-        expert = torch.arange(own, device=x.device).repeat(self.ranks).repeat_interleave(arriving.flatten())  # (n,)
-        matrices = (self.gate_proj, self.up_proj, self.down_proj)
-        if self.qat:
-            matrices = tuple(fake_quant(matrix) for matrix in matrices)
-        unweighted = torch.ones(len(rows), 1, dtype=weights.dtype, device=x.device)
-        done = self.run(rows, unweighted, expert[:, None], *(matrix.to(x.dtype) for matrix in matrices))  # (n,C)
-        back = _Exchange.apply(done, receive, send, self.group)[order.argsort()].unflatten(0, (-1, top_k))  # (T,K,C)
-        return (back * weights[:, :, None]).sum(1).to(x.dtype)  # (T,C)
 
 
 # ------------------------------------------------------------------------------------ pipeline stages

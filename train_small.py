@@ -72,13 +72,14 @@ class TrainConfig:
     threads: int = 1  # of torch on the CPU; the data are drawn beside it, and a second one stalls when anything else runs
     compile: bool = False  # torch.compile each decoder block
     accumulation: int = 1  # microbatches per optimizer step, of all processes together
-    pp: int = 1  # pipeline ranks; this and the next six are for torchrun, see parallel.Layout
+    pp: int = 1  # pipeline ranks; this and the next seven are for torchrun, see parallel.Layout
     virtual_stages: int = 1  # pipeline stages per rank, interleaved
     ep: int = 1  # ranks that share the routed experts; divides dp
     dp: int = 0  # replicas of the pipeline; 0: processes / pp
     microbatches: int = 0  # accumulation per replica; 0: accumulation / dp, or without that pp, the least that fills a pipeline
     zero1: bool = False  # split the optimizer state over the replicas
     encoder: str = "dep"  # dep | stage0: the vision tower runs evenly on all ranks, or on the first stage
+    overlap: bool = False  # experts work on one half of the tokens while the other half travels
     rows: int = 8  # B: packed rows per microbatch
     length: int = 256  # T: tokens per row in all stages but the last
     long_length: int = 1024  # T of the long-context stage
@@ -199,7 +200,7 @@ def with_layout(t, config, world):
     """
     dp = t.dp or max(world // max(t.pp, 1), 1)
     microbatches = t.microbatches or (max(t.accumulation // dp, 1) if t.accumulation > 1 else t.pp)
-    layout = Layout(t.pp, t.virtual_stages, t.ep, dp, microbatches, t.zero1, t.encoder)
+    layout = Layout(t.pp, t.virtual_stages, t.ep, dp, microbatches, t.zero1, t.encoder, t.overlap)
     layout.check(min(stage.model.num_hidden_layers for stage in plan(t, config) if stage.steps), config.n_routed_experts, world)
     if t.accumulation not in (1, dp * microbatches):
         raise ConfigError(f"accumulation is {t.accumulation}, but dp {dp} · microbatches {microbatches} = {dp * microbatches}: "

@@ -72,7 +72,7 @@ class Case:
     @property
     def name(self):
         extra = [f"{key}={value}" for key, value in self.config.items()] + [f"trains={t}" for t in self.trains if t]
-        marks = ["zero1"] * self.layout.zero1 + [self.layout.encoder, f"items={self.pictures}"] + extra
+        marks = ["zero1"] * self.layout.zero1 + ["overlap"] * self.layout.overlap + [self.layout.encoder, f"items={self.pictures}"] + extra
         marks += [f"unchosen={self.unchosen}"] if self.unchosen else []
         return "-".join(["{}.{}.{}.{}x{}".format(*self.layout.numbers()), *marks]).replace(" ", "")
 
@@ -83,8 +83,8 @@ class Case:
         return json.dumps([self.pictures, kept, self.trains, self.unchosen])
 
 
-def layout(pp, virtual, ep, dp, zero1=False, encoder="dep"):
-    return Layout(pp, virtual, ep, dp, 4 // dp, zero1, encoder)
+def layout(pp, virtual, ep, dp, zero1=False, encoder="dep", overlap=False):
+    return Layout(pp, virtual, ep, dp, 4 // dp, zero1, encoder, overlap)
 
 
 RECOMPUTE = {"recompute": True}
@@ -105,7 +105,9 @@ CASES = [
     Case(layout(1, 1, 4, 4, zero1=True), "one", RECOMPUTE, unchosen=(0, 1, 5)),
     Case(layout(2, 1, 1, 2, zero1=True), "three"),
     Case(layout(1, 1, 2, 4, zero1=True), "five", {"impl": "reference"}, unchosen=(0, 1, 5)),
-    Case(layout(1, 1, 2, 4), "three", RECOMPUTE),
+    Case(layout(1, 1, 2, 4, overlap=True), "three", RECOMPUTE),
+    Case(layout(2, 2, 2, 2, overlap=True), "five"),
+    Case(layout(1, 1, 4, 4, overlap=True), "one", unchosen=(0, 1, 5)),
     Case(layout(2, 1, 2, 2), "five", {"qat": True, "hidden_size": 32, "moe_intermediate_size": 32}),
     Case(layout(1, 1, 4, 4), "one", trains=("mm_projector.",)),
     Case(layout(2, 2, 2, 2, encoder="stage0"), "one", trains=("vision_tower.", "mm_projector.")),
