@@ -184,7 +184,8 @@ class Place:
     """
 
     def __init__(self, layout, device="cpu"):
-        self.layout, self.device, self.world = layout, torch.device(device), dist.group.WORLD
+        self.layout, self.world = layout, dist.group.WORLD
+        self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
         plane = init_device_mesh(self.device.type, (layout.pp, layout.dp), mesh_dim_names=("pp", "dp"))
         cube = init_device_mesh(self.device.type, (layout.pp, layout.dp // layout.ep, layout.ep), mesh_dim_names=("pp", "copies", "ep"))
         self.pp, self.dp = plane.get_group("pp"), plane.get_group("dp")
