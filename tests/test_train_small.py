@@ -25,7 +25,7 @@ import train_small
 from checkpoint import load_tensors
 from conftest import assert_close
 from data import Batch, Blend, encode_example, pack_rows
-from k25 import K25, K25Config, load
+from k25 import K25, ConfigError, K25Config, load
 from media import merged_tokens
 from moe import fake_quant
 from optim import MuonClip
@@ -617,6 +617,10 @@ def test_fields_that_follow_from_a_flag_follow_it():
         (["--rows", "0"], "rows is 0: it must be at least 1"),
         (["--threads", "0"], "threads is 0: it must be at least 1"),
         (["--accumulation", "-1"], "accumulation is -1: it must be at least 1"),
+        (["--pp", "2"], "--pp 2 · --dp 1 needs 2 processes and 1 process was started; nearest: --pp 1 "),
+        (["--dp", "-2"], "each must be at least 1; nearest: --pp 1 "),
+        (["--encoder", "none"], "--encoder none: choose dep or stage0"),
+        (["--accumulation", "3", "--microbatches", "2"], "accumulation is 3, but dp 1 · microbatches 2 = 2: "),
         (["--checkpoint-every", "0"], "checkpoint_every is 0: it must be at least 1"),
         (["--questions", "0"], "questions is 0: it must be at least 1"),
         (["--vit-steps", "-3"], "none may be negative, nor all 0"),
@@ -662,6 +666,22 @@ def test_what_does_not_change_the_numbers_may_change_at_a_resume(tmp_path):
     train(t, CONFIG)
     os.rename(tmp_path / "run", tmp_path / "moved")
     train(dataclasses.replace(t, run=str(tmp_path / "moved"), checkpoint_every=1, device="cpu"), CONFIG, resume=True)
+
+
+@pytest.mark.parametrize("given, processes, counted", [
+    ({}, 1, (1, 1, 1)), ({"accumulation": 6}, 1, (1, 6, 6)), ({"microbatches": 3}, 1, (1, 3, 3)),
+    ({"pp": 2}, 8, (4, 2, 8)), ({"pp": 2, "accumulation": 16}, 8, (4, 4, 16)), ({"microbatches": 5}, 2, (2, 5, 10)),
+])  # fmt: skip
+def test_microbatches_fill_the_pipeline_and_make_up_the_accumulation(given, processes, counted):
+    t, layout = train_small.with_layout(settings("unused", **given), CONFIG, processes)
+    assert (t.dp, t.microbatches, t.accumulation) == counted == (layout.dp, layout.microbatches, layout.dp * layout.microbatches)
+
+
+def test_the_contrastive_loss_is_refused_on_many_processes():
+    t = settings("unused", contrastive=0.1)
+    train_small.with_layout(t, CONFIG, 1)
+    with pytest.raises(ConfigError, match="contrastive compares"):
+        train_small.with_layout(t, CONFIG, 2)
 
 
 def test_control_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
