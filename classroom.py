@@ -452,13 +452,13 @@ def _report(result, path, level):
             if hidden:
                 yield _line("    ", result, hidden, f"known mistakes not avoided: {len(hidden)} (names: --hints 2)")
     yield f"{_round(result.points()):g} of 100 points"
-    if result.hints and all(text.endswith("is not written yet") for _, text in result.hints):
+    if result.hints and all(text.endswith("is not written yet") for _, text in result.hints) and not result.points():
         yield f"Nothing is written yet. Begin with {result.properties[0].op}: its docstring holds the formula."
         return
     for hint_level, text in result.hints:
         if hint_level <= level:
             yield f"hint {hint_level}  {text}"
-    if result.hints and level < 3:
+    if any(hint_level > level for hint_level, _ in result.hints):
         yield f"More hints: --hints {level + 1}"
 
 

@@ -393,6 +393,18 @@ def test_full_points_are_exit_code_0_and_a_stub_gets_a_friendly_word(tmp_path, c
     assert "Nothing is written yet. Begin with rms_norm" in capsys.readouterr().out
 
 
+def test_who_has_written_one_op_of_two_is_told_of_the_other(tmp_path, capsys, monkeypatch, sandbox):
+    monkeypatch.setattr(classroom, "open_sandbox", lambda *_: contextlib.nullcontext(sandbox))
+    path = tmp_path / "mine.py"
+    write = 'raise NotImplementedError("write media_tokens")'
+    assert write in (text := stub(find_exercise("projector")))
+    path.write_text(text.replace(write, "return [h * w // 4 for _, h, w in grids]"))
+    assert run("grade", path, "--examples", 3) == 1
+    out = capsys.readouterr().out
+    assert "media_tokens   all right" in out and "hint 1  project is not written yet" in out
+    assert "Nothing is written" not in out and "More hints" not in out
+
+
 def test_the_name_of_a_mistake_is_a_hint_of_its_own(grade):
     result = grade("rms_norm", NORM.replace(" + eps", ""))
     reports = {level: "\n".join(classroom._report(result, "mine.py", level)) for level in (1, 2)}
