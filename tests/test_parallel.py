@@ -7,6 +7,7 @@ Run: .venv/bin/python -m pytest tests/test_parallel.py
 
 import dataclasses
 import datetime
+import functools
 import json
 import os
 import pathlib
@@ -199,7 +200,7 @@ def reference(case):
     optimizer = muon_clip(model.named_parameters())
     results = [measured(train_step(model, optimizer, turned(batches, step), SETTINGS)) for step in range(STEPS)]
     loads = [torch.stack(layer).sum(0) for layer in zip(*counts)]
-    return Outcome(recorder.gradients, model.state_dict(), optimizer.state_tensors(), torch.stack(loads) if loads else torch.empty(0), results)
+    return Outcome(recorder.gradients, model.state_dict(), optimizer.state_tensors(), torch.stack(loads) if loads else torch.empty(0, 8, dtype=torch.int64), results)
 
 
 def run_case(case, folder):
@@ -272,38 +273,62 @@ def outcomes(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def references():
-    return {}
+@functools.cache
+def want(same):
+    """The outcome of one process, once for all cases that share it."""
+    return reference(next(case for case in CASES if case.same == same))
 
 
-def ids(case):
-    return case.name
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=ids)
-def test_every_layout_takes_the_step_of_one_process(case, outcomes, references):
-    if case.same not in references:
-        references[case.same] = reference(case)
-    want = references[case.same]
-    gradients = load_tensors(outcomes / f"{case.name}.gradients")
-    assert gradients.keys() == want.gradients.keys()
-    for name, gradient in want.gradients.items():
+@each_case
+def test_bug36_bug37_bug46_bug48_every_gradient_is_that_of_one_process(case, outcomes):
+    """Of the tower too, wherever the pictures are; what gets none in one process gets none in many."""
+    gradients, expected = load_tensors(outcomes / f"{case.name}.gradients"), want(case.same).gradients
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
         assert_close(gradients[name], gradient, 1e-10, f"gradient of {name}")
-    dense = len(load_tensors(outcomes / f"{case.name}.counts")["counts"]) - len(want.counts)
-    assert torch.equal(load_tensors(outcomes / f"{case.name}.counts")["counts"][dense:], want.counts) or not len(want.counts)
-    for ours, one in zip(json.loads((outcomes / f"{case.name}.results").read_text()), want.results, strict=True):
+    sees = case.pictures != "none" and case.trains == EVERYTHING
+    assert not sees or any(gradient.any() for name, gradient in gradients.items() if name.startswith("vision_tower."))
+
+
+@each_case
+def test_bug14_bug45_every_choice_of_an_expert_is_counted_once(case, outcomes):
+    counts, expected = load_tensors(outcomes / f"{case.name}.counts")["counts"], want(case.same).counts
+    moe_layers = counts[len(counts) - len(expected) :]
+    assert torch.equal(moe_layers, expected)
+    assert not moe_layers[:, list(case.unchosen)].any() and len(moe_layers.unique()) != 1  # uneven, or no MoE layers
+
+
+@each_case
+def test_every_process_reports_the_loss_and_all_else_of_one_process(case, outcomes):
+    reported = json.loads((outcomes / f"{case.name}.results").read_text())
+    for ours, one in zip(reported, want(case.same).results, strict=True):
+        assert ours.keys() == one.keys()
         for key, value in one.items():
             value = list(value) if isinstance(value, tuple) else value
             assert ours[key] == (None if value is None else pytest.approx(value, rel=1e-7, abs=1e-9)), key
-    for part, tensors in (("state", want.state), ("optimizer", want.optimizer)):
+
+
+@each_case
+def test_bug16_bug17_bug43_after_three_steps_parameters_router_biases_and_optimizer_state_are_those_of_one_process(case, outcomes):
+    """Router biases to the last bit: they move once per step, by the signs of the global counts."""
+    for part, expected in (("state", want(case.same).state), ("optimizer", want(case.same).optimizer)):
         found = load_tensors(outcomes / f"{case.name}.{part}")
-        assert found.keys() == tensors.keys()
-        for name, tensor in tensors.items():
-            if "bias" in name and tensor.dtype == torch.float32 or tensor.dtype == torch.int64:
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            if name.endswith("e_score_correction_bias") or tensor.dtype == torch.int64:
                 assert torch.equal(found[name], tensor), name
             else:
                 assert_close(found[name], tensor, 1e-7, f"{part}: {name}")
+
+
+def test_the_cases_clip_heads_and_move_biases():
+    """Else the claims above would be empty."""
+    everything = want(CASES[0].same)
+    assert all(result["clipped"] and result["grad_norm"] > SETTINGS.clip_norm for result in everything.results)
+    assert any(bias.any() for name, bias in everything.state.items() if name.endswith("e_score_correction_bias"))
 
 
 # Layouts
@@ -353,7 +378,7 @@ def test_stages_are_contiguous_and_as_equal_as_can_be(layers, data):
 def flags(run, *more):
     numbers = MODEL | VISION | {"rows": 1, "length": 128, "questions": 2, "dtype": "float64", "ns_dtype": "float64",
                                 "checkpoint_every": 1, "small_lm_steps": 0, "vit_steps": 1, "text_steps": 1, "align_steps": 0,
-                                "joint_steps": 2, "long_steps": 0, "vision_ratio": 0.5, "run": run}  # fmt: skip
+                                "joint_steps": 1, "long_steps": 1, "long_length": 256, "vision_ratio": 0.5, "run": run}  # fmt: skip
     return [part for name, value in numbers.items() for part in ("--" + name.replace("_", "-"), str(value))] + list(more)
 
 
@@ -370,7 +395,7 @@ def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_bug37_the_stages_run_on_four_processes_as_on_one(tmp_path):
+def test_bug37_bug47_the_stages_run_on_four_processes_as_on_one(tmp_path):
     """From the first stage to the report; every number logged is that of one process, and so is the checkpoint."""
     layout = ("--pp", "2", "--virtual-stages", "2", "--ep", "2", "--zero1")
     codes, errors, output = torchrun(4, *flags(tmp_path / "four", *layout))
