@@ -270,7 +270,7 @@ def check_op(op, caller, dtypes=(torch.float32,), max_examples=MOST_EXAMPLES, se
 
 
 def _settings(max_examples, *phases):
-    """Reproducible, silent, nothing kept on disk."""
+    """Reproducible, silent, no examples kept on disk."""
     return hypothesis.settings(max_examples=max_examples, phases=phases, database=None, deadline=None, derandomize=False,
                                suppress_health_check=list(HealthCheck), report_multiple_bugs=False, print_blob=False)  # fmt: skip
 
@@ -487,8 +487,8 @@ def main(options):
     print("\n" + ", ".join(f"{number} {status}" for status, number in counts.items() if number))
     if options.json:
         report = {"implementation": implementation.name, "seed": options.seed, "counts": counts,
-                  "ops": [{"op": r.op, "status": r.status} | (_as_json(r.finding) if r.finding else {}) for r in rows]}  # fmt: skip
-        write_file(pathlib.Path(options.json), json.dumps(report, indent=1))
+                  "ops": [_as_json(row) for row in rows]}  # fmt: skip
+        write_file(options.json, json.dumps(report, indent=1, allow_nan=False) + "\n")
     return 1 if failed else 0
 
 
@@ -497,8 +497,10 @@ def _line(row, implementation):
     return f"{row.op:<20} {row.status}" + (" (forward only: its results carry no gradient)" if silent else "")
 
 
-def _as_json(finding):
-    difference = finding.record.difference
-    return {"dtype": finding.dtype, "what": difference.what, "kind": difference.kind, "words": difference.words,
-            "max_abs": difference.max_abs, "relative": difference.relative, "index": list(difference.index),
-            "cause": finding.cause, "suspect": finding.suspect, "input": describe(finding.record.arguments)}  # fmt: skip
+def _as_json(row):
+    found = {"op": row.op, "status": row.status}
+    if finding := row.finding:
+        found |= finding.record.difference.as_json()
+        found |= {"dtype": finding.dtype, "cause": finding.cause, "suspect": finding.suspect,
+                  "input": describe(finding.record.arguments)}  # fmt: skip
+    return found

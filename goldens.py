@@ -13,7 +13,6 @@ Tests: pytest tests/test_goldens.py
 """
 
 import contextlib
-import math
 import pathlib
 import platform
 import shutil
@@ -203,14 +202,10 @@ def compare(options):
     print("\n" + ", ".join(f"{number} {status}" for status, number in counts.items() if number))
     if options.json:
         report = {"counts": counts, "cases": [_as_json(verdict) for verdict in verdicts]}
-        write_file(pathlib.Path(options.json), to_json(report))
+        write_file(options.json, to_json(report))
     return 1 if any(verdict.wrong for verdict in verdicts) else 0
 
 
 def _as_json(verdict):
     told = {"case": verdict.case, "status": verdict.status, "words": verdict.words, "cause": verdict.cause}
-    if difference := verdict.difference:
-        finite = lambda number: number if math.isfinite(number) else None  # noqa: E731
-        told |= {"what": difference.what, "kind": difference.kind, "max_abs": finite(difference.max_abs),
-                 "relative": finite(difference.relative), "index": list(difference.index)}  # fmt: skip
-    return told
+    return told | (verdict.difference.as_json() if verdict.difference else {})

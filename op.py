@@ -16,7 +16,9 @@ Public names: Op, Suspect, Difference, TOLERANCE, compare, cast, normal, dyadic,
 Tests: pytest tests/test_op.py
 """
 
+import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -77,6 +79,11 @@ class Difference:
     relative: float = float("nan")
     index: tuple[int, ...] = ()
 
+    def as_json(self):
+        """The fields as JSON has them: no NaN, no infinity."""
+        values = dataclasses.asdict(self)
+        return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+
 
 def cast(op, arguments, dtype):
     """The arguments with their floating tensors in `dtype`; those that the op keeps fixed stay, except in float64.
@@ -96,7 +103,8 @@ def compare(what, actual, expected, truth, loose=1.0, exact=False, floor=0.0):
     """One result against the reference in the same dtype and in float64. Returns Difference, or None when they agree.
 
     what: names the result; actual: plain value; expected, truth: what the reference gave; loose: factor on the
-    tolerance; exact: bitwise; floor: smallest scale. Integers of any width are equal when their values are; floats must have the dtype asked.
+    tolerance; exact: bitwise; floor: smallest scale. Integers of any width are equal when their values are; floats must
+    have the dtype asked.
     """
     if not isinstance(expected, torch.Tensor):
         return _compare_plain(what, actual, expected)

@@ -64,7 +64,9 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
-    except ValueError as error:
+    except BrokenPipeError:
+        raise
+    except (ValueError, OSError) as error:  # an OSError names the file that cannot be read or written
         print(f"oracle.py {options.command}: {error}", file=sys.stderr)
         return 2
 

@@ -139,6 +139,14 @@ def test_the_report_as_json(tmp_path, capsys):
     assert next(row for row in report["ops"] if row["op"] == "rms_norm")["suspect"] == "subtracts_mean"
 
 
+def test_the_report_as_json_holds_no_nan(tmp_path, capsys):
+    text = "import torch\ndef rms_norm(x, weight, eps):\n    return torch.full_like(x, torch.nan)\ndef swiglu(*a):\n    1 / 0\n"
+    run(capsys, "check", module(tmp_path, text), "--json", str(tmp_path / "report.json"))
+    report = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+    rows = {row["op"]: row for row in report["ops"]}
+    assert rows["rms_norm"]["max_abs"] is None and rows["swiglu"]["kind"] == "contract"
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

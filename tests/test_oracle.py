@@ -47,6 +47,8 @@ def test_every_command_has_help(command, capsys):
         ["grade", "{tmp}/nothing.py"],
         ["bench", "--peer", "nobody"],
         ["defects", "nothing"],
+        ["golden", "--out", "README.md/golden", "--ops", "rms_norm"],
+        ["mutants", "--ops", "timestamp", "--json", "{tmp}/no/such/folder.json"],
     ],
 )
 def test_misuse_is_told_in_one_line_and_exits_with_2(arguments, tmp_path, capsys):
