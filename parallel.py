@@ -262,12 +262,13 @@ class StageModule(nn.Module):
     """Some consecutive units of the model. Media and targets are ragged and a pipeline's arguments are not, so the
     stage looks its microbatch up by number in `feeds`.
 
-    model: K25 after keep_units; units: list; feeds: list of Feed, filled anew for each step; autocast: bool.
+    model: K25 after keep_units; units: list; feeds: list of Feed, filled anew for each step; autocast: bool;
+    encodes: bool — the stage that embeds also runs the vision tower (--encoder stage0).
     """
 
-    def __init__(self, model, units, feeds, autocast):
+    def __init__(self, model, units, feeds, autocast, encodes):
         super().__init__()
-        self.units, self.feeds, self.autocast = units, feeds, autocast
+        self.units, self.feeds, self.autocast, self.encodes = units, feeds, autocast, encodes
         self.blocks = nn.ModuleDict({str(unit): model.language_model.model.layers[str(unit)] for unit in units if isinstance(unit, int)})
         self.whole = [model]  # in a list: its other parameters are not this stage's
 
@@ -283,7 +284,7 @@ class StageModule(nn.Module):
 
     def _embed(self, feed):
         model, batch, media = self.whole[0], feed.batch, feed.media
-        if media is None and batch.patches is not None:  # --encoder stage0
+        if self.encodes and batch.patches is not None:
             media = model.encode_media(batch.patches, batch.grid_thw)
         x = model.embed(batch.ids, media)  # (B,T,C)
         # Where all before the first expert is frozen and one replica has no media, the others would wait in backward.
@@ -347,7 +348,8 @@ class Trainer:
         self.model, self.t, self.place, self.layout, self.config = model, t, place, place.layout, model.config
         self.feeds, self.autocast = [], t.dtype == "bfloat16"
         parts = place.parts(self.config.num_hidden_layers)
-        self.modules = {stage: StageModule(model, units, self.feeds, self.autocast) for stage, units in parts.items()}
+        encodes = self.layout.encoder == "stage0"
+        self.modules = {stage: StageModule(model, units, self.feeds, self.autocast, encodes) for stage, units in parts.items()}
         self.weight = next(model.language_model.parameters())  # for its dtype and device
         self.shape, self.schedule = None, None
         named = list(model.named_parameters())

@@ -529,7 +529,8 @@ def main(arguments=None):
     except (ConfigError, CheckpointError, DataError, MediaError, OptimError, ParallelError, TokenizerError) as error:
         stop(2, f"train_small.py: {error}")
     except KeyboardInterrupt:
-        print("\ntrain_small.py: interrupted; the same command with --resume goes on", file=sys.stderr)
+        if ranks()[0] == 0:
+            print("\ntrain_small.py: interrupted; the same command with --resume goes on", file=sys.stderr)
         sys.exit(130)
     for score in scores:
         blind = "" if score.blind is None else f"   blind {score.blind / score.asked:.3f}"
