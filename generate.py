@@ -60,7 +60,8 @@ def generate(model, prompts, patches=None, grid_thw=None, *, max_new_tokens=64, 
     stop = set(stop_ids)
     out, logprobs, finish = [[] for _ in prompts], [[] for _ in prompts], ["length"] * rows
     cache = model.new_cache(rows, longest + max_new_tokens)
-    hidden, _ = model.hidden(model.embed(ids, media), positions, segments, cache)
+    padded = min(map(len, prompts)) < longest  # else the layout is the default one, and attention needs no mask
+    hidden, _ = model.hidden(model.embed(ids, media), *((positions, segments) if padded else (None, None)), cache)
     for step in range(max_new_tokens):
         logits = model.language_model.lm_head(hidden[:, -1]).float()  # (B,U)
         chosen, chosen_logprobs = _choose(logits, temperature, top_p, draws)

@@ -21,7 +21,7 @@ DOCS = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items()}
 ORDER = ("moe media pictures optim tokenizer template vit3d example texts scenes sources storage manifest mla checkpoint "
          "generate k25 data evaluate report adapter op ops_rope ops_attention ops_int4 ops_experts ops_training ops_media "
          "ops_vision ops_text tinygrad_twins sandbox patterns conformance taps golden_cases golden_models goldens peer "
-         "divergence mutants defects exercises classroom bench oracle step dep expert_parallel parallel activations footprint planner "
+         "divergence mutants defects exercises classroom roofline bench_cases bench oracle step dep expert_parallel parallel activations footprint planner "
          "shards scaling train_small").split()  # fmt: skip
 LONGEST = 700  # lines; beyond that, one concept of the module becomes a module of its own
 
