@@ -41,15 +41,13 @@ from collections import Counter, OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
-from media import MediaConfig, MediaError, image_item, load_image, load_video, merged_tokens, video_items
-from tokenizer import Tokenizer
-
 DIGEST = 32  # bytes of SHA-256 before the content of a cached file
 ROOMY = 0.9  # a full disk tier is emptied to this share, so that not every write has to look at all files
 BLOCK = 1024  # items handed to the threads of `in_threads` at a time
 ROOTLESS = ("file", "local", "memory")  # schemes whose paths begin at "/", without a bucket or host
 NO_USE_TRYING = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.ENOENT, errno.EACCES}
-PASSING = {"HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "IncompleteReadError"}
+PASSING = {"HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "IncompleteReadError",
+           "FlexibleChecksumError"}  # fmt: skip
 
 
 class StorageError(ValueError):
@@ -312,7 +310,8 @@ class Store:
         scheme, _, rest = url.partition("://")
         if scheme in ROOTLESS and not rest.startswith("/"):
             rest = f"/{rest}" if scheme == "memory" else os.path.abspath(rest)
-        return RemotePath(self, f"{scheme}://{rest.rstrip('/')}")
+        root, _, inside = ("", "", rest) if scheme in ROOTLESS else rest.partition("/")
+        return RemotePath(self, f"{scheme}://{root}") / inside
 
     def read(self, url):
         """The content of an object. url: str. Returns bytes. Raises StorageError, MissingError."""
@@ -452,7 +451,8 @@ class Store:
 
 def _open_system(url, scheme, options):
     if scheme in ("s3", "s3a"):
-        options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}} | options
+        # One request per read, at our rate: no retries of botocore's, no question for the size before each GET.
+        options = {"config_kwargs": {"retries": {"total_max_attempts": 1}}, "max_concurrency": 1} | options
     try:
         import fsspec
 
@@ -592,7 +592,7 @@ def bench(data, tokens_per_second, settings, ahead=8):
             before = store.counts["requests"]
             examples, size, tokens, seconds, waited = _one_pass(store, data, ahead)
             rates[tier] = examples / seconds, size / 1e6 / seconds, tokens / seconds
-            print("{:8s} {:10.1f} {:8.2f} {:10.0f} {:10.1f} {:8.0%} {:8d}".format(
+            print("{:8s} {:10.1f} {:8.3f} {:10.0f} {:10.1f} {:8.0%} {:8d}".format(
                 tier, *rates[tier], rates[tier][2] / tokens_per_second, waited / seconds, store.counts["requests"] - before))
     print("examples/s, MB/s: rows and bytes of their files; tokens/s: of text and media, ready for packing; all by one thread.\n"
           "waiting: share of the time in which that thread stood still for bytes.")  # fmt: skip
@@ -601,6 +601,9 @@ def bench(data, tokens_per_second, settings, ahead=8):
 
 def _one_pass(store, data, ahead):
     """Read, decode and tokenise every row. Returns (examples, bytes, tokens, seconds, seconds waited for bytes)."""
+    from media import MediaConfig, image_item, load_image, load_video, merged_tokens, video_items  # with torch, which
+    from tokenizer import Tokenizer  # the store itself does without
+
     tokenizer, media_config = Tokenizer(), MediaConfig()
     began = time.perf_counter()
     manifest = store.path(data)
@@ -676,7 +679,7 @@ def main(arguments=None):
         source = "as given" if given.tokens_per_second else f"median of the logged steps of {given.run or 'a toy joint training, started for this'}"
         print(f"appetite {wanted:,.0f} tokens/s ({source}; as if every token came from this data)")
         bench(given.data, wanted, settings)
-    except (StorageError, MediaError) as error:
+    except ValueError as error:  # StorageError, or a picture's MediaError
         print(f"storage.py: {error}", file=sys.stderr)
         sys.exit(2)
 
