@@ -137,7 +137,7 @@ def differs(what, rule, expected, actual):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one case. status: OK, DIFF, SHAPE or MISSING."""
+    """What became of one case. status: OK, DIFF, SHAPE, BROKEN (a file without what it should hold) or MISSING."""
 
     case: str
     status: str
@@ -158,7 +158,7 @@ class Verdict:
 
 def judged(case, difference, cause=""):
     """The Verdict on a case that differs."""
-    status = {"shape": "SHAPE", "missing": "MISSING"}.get(difference.kind, "DIFF")
+    status = {"shape": "SHAPE", "missing": "BROKEN"}.get(difference.kind, "DIFF")
     return Verdict(case, status, difference.words, difference, cause)
 
 
@@ -287,7 +287,8 @@ def _first_difference(case, ours, yours):
             if found := differs(what, rule, ours[name], yours[name]):
                 return found
         elif kind == "output" or not forward_only:
-            return Difference(what, "missing", f"{name} is not in the file")
+            strange = ", ".join(sorted(yours.keys() - ours.keys())[:3])
+            return Difference(what, "missing", f"{name} is not in the file" + (f", but {strange}" if strange else ""))
     return None
 
 

@@ -198,7 +198,7 @@ def compare(options):
         verdicts += group
     if all(verdict.status == "MISSING" and not verdict.wrong for verdict in verdicts):
         raise GoldenError(f"{options.theirs} holds no file of the goldens' names; see {options.dir}/README.txt")
-    counts = {status: sum(v.status == status for v in verdicts) for status in ("OK", "DIFF", "SHAPE", "MISSING")}
+    counts = {status: sum(v.status == status for v in verdicts) for status in ("OK", "DIFF", "SHAPE", "BROKEN", "MISSING")}
     print("\n" + ", ".join(f"{number} {status}" for status, number in counts.items() if number))
     if options.json:
         report = {"counts": counts, "cases": [_as_json(verdict) for verdict in verdicts]}

@@ -306,9 +306,11 @@ def test_a_tensor_that_is_not_in_its_file_is_wrong(written, theirs):
     change(theirs / "ops/rms_norm.0.float32.safetensors", output_y=None)
     change(theirs / "ops/rms_norm.1.float32.safetensors", gradient_x=None)
     found = verdicts(written, theirs)
-    assert found["rms_norm.0.float32"].status == found["rms_norm.1.float32"].status == "MISSING"
+    assert found["rms_norm.0.float32"].status == found["rms_norm.1.float32"].status == "BROKEN"
     assert found["rms_norm.0.float32"].words == "output.y is not in the file"
     assert found["rms_norm.1.float32"].words == "gradient.x is not in the file" and compare(written, theirs) == 1
+    save_file({"output.z": torch.ones(1)}, theirs / "ops/rms_norm.0.float32.safetensors")
+    assert verdicts(written, theirs)["rms_norm.0.float32"].words == "output.y is not in the file, but output.z"
 
 
 def test_a_program_without_gradients_gives_none(written, theirs):
@@ -590,7 +592,7 @@ def test_taps_of_other_names_are_told(written, theirs):
         tensors.update(kept)
 
     found = spoil(written, theirs, "fp32", lambda tensors: rename(tensors, {"model.norm": "decoder.norm"}))
-    assert found.status == "MISSING" and found.wrong
+    assert found.status == "BROKEN" and found.wrong
     assert found.words == "none of our taps is in the file, but model.norm"
     names = {"decoder.norm": "decoder.norm", "extra": "decoder.mask"}
     found = spoil(written, theirs, "fp32", lambda tensors: rename(tensors, names))
