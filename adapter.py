@@ -190,7 +190,7 @@ def run(function, arguments, names, wanted=(), cotangents=None, arrays="torch", 
     try:
         with poisoned():
             first, second = once(function, arguments, *options), once(function, arguments, *options)
-    except Exception as error:  # whatever somebody's code raises is a finding, not our failure
+    except (Exception, SystemExit) as error:  # whatever somebody's code raises is a finding, not our failure
         frames = traceback.extract_tb(error.__traceback__)
         home = getattr(getattr(function, "__code__", None), "co_filename", "")
         frame = ([f for f in frames if f.filename == home] or frames)[-1]  # their line, not the library's that it called
