@@ -2,10 +2,10 @@
 
 Weights are counted by name on the meta device, cut as parallel.py cuts them. What a layer keeps for its backward pass
 is written down tensor by tensor (`layer_kept`), as the unfused operations of mla.py and moe.py keep it;
-`measure_saved` counts what autograd really keeps, and the tests compare the two.
+`measure_saved` counts what autograd really keeps, `measure_peak` what is really allocated, and the tests compare.
 
 Public names: Recipe, RECIPES, RECOMPUTE, Kept, layer_kept, embed_kept, head_kept, shared_kept, stage_kept, vision_kept,
-measure_saved, pretended, Holding, holdings.
+measure_saved, measure_peak, pretended, Holding, holdings.
 Letters: B rows, T tokens, C hidden, H heads, N/P/V nope, rope and value head dims, J = N + P, Q query rank, R latent rank,
 E experts, K chosen, F expert width, U vocabulary.     Tests: pytest tests/test_planner.py
 """
@@ -168,25 +168,43 @@ def shared_kept(config, recipe, rows, length, full):
     return [Kept("rope table, mask", "other", rows * length * config.qk_rope_head_dim * recipe.wide + bits)]
 
 
+def _backward_needs(config, recipe, unit, rows, length, ep):
+    """Bytes that the backward pass of one unit adds at its fullest, beside all that the unit keeps.
+
+    A gradient is there whole before it is added to the parameter's: the largest matrix or stack of experts; with it, of
+    a layer, the gradients of the rows on their two ways through gate and up. The head goes by chunks of logits:
+    their log-probabilities and two gradients.
+    """
+    n = rows * length
+    if unit == "embed":
+        return config.vocab_size * config.hidden_size * recipe.gradients
+    if unit == "head":
+        gradient = config.vocab_size * config.hidden_size * recipe.gradients
+        logits = min(n, CHUNK) * config.vocab_size * recipe.wide
+        return 3 * logits + gradient if n > CHUNK else max(2 * logits, gradient)
+    if unit < config.first_k_dense_replace:
+        return config.intermediate_size * (config.hidden_size * recipe.gradients + 2 * n * recipe.linear)
+    stack = config.n_routed_experts // ep * config.moe_intermediate_size * config.hidden_size
+    return stack * recipe.gradients + 2 * n * config.num_experts_per_tok * config.hidden_size * recipe.experts
+
+
 def stage_kept(config, recipe, units, rows, length, ep=1, recompute=(), fp8=False):
-    """Bytes that one microbatch keeps in a stage, and bytes that its backward pass adds while it runs.
+    """Bytes that one microbatch keeps in a stage, and bytes that its backward pass adds to them at its fullest.
 
     recompute: groups of RECOMPUTE, or ("full",): each block keeps its input alone. Returns (kept, working).
     """
     full, n = "full" in recompute, rows * length
-    kept, working = 0.0, 0.0
-    for unit in units:
+    layers = any(isinstance(unit, int) for unit in units)
+    kept = sum(t.bytes for t in shared_kept(config, recipe, rows, length, full)) if layers else 0
+    most = 0
+    for unit in units:  # the backward pass of one meets what those before it keep
         tensors = _unit_kept(config, recipe, unit, rows, length, ep)
-        whole = sum(t.bytes for t in tensors)
+        most = max(most, kept + sum(t.bytes for t in tensors) + _backward_needs(config, recipe, unit, rows, length, ep))
         if full and isinstance(unit, int):
-            left = n * config.hidden_size * recipe.stream
+            kept += n * config.hidden_size * recipe.stream
         else:
-            left = sum(t.after(recompute, fp8) for t in tensors)
-        logits = min(n, CHUNK) * config.vocab_size * 2 * recipe.wide if unit == "head" else 0
-        kept, working = kept + left, max(working, whole - left + logits)
-    if any(isinstance(unit, int) for unit in units):
-        kept += sum(t.bytes for t in shared_kept(config, recipe, rows, length, full))
-    return kept, working
+            kept += sum(t.after(recompute, fp8) for t in tensors)
+    return kept, max(most - kept, 0)
 
 
 def vision_kept(config, recipe):
@@ -212,6 +230,18 @@ def measure_saved(run, mine=()):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     return sum(size for size, _ in found.values()), result
+
+
+def measure_peak(run):
+    """The most bytes that a function has allocated on the CPU at any time, by torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held = most = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
 
 
 # ---------------------------------------------------------------------------------- what a rank holds
@@ -287,7 +317,7 @@ def _largest_share(members, muon, ranks, recipe):
 
     Whole parameters are dealt out as ZeroRedundancyOptimizer does: group by group of MuonClip, the largest first, each
     to the rank with the fewest numbers. While it steps, Muon holds a direction for each of its matrices, and of the
-    shape it is at a stacked copy, two iterates of Newton–Schulz (in bfloat16) and the result.
+    shape it is at a stacked copy, the last iterate of Newton–Schulz and its two Gram matrices (bfloat16), and the result.
     """
     kinds = {"muon": [m for m in members if m[0] in muon],
              "matrices": [m for m in members if m[0] not in muon and len(m[1]) > 1],
@@ -301,6 +331,7 @@ def _largest_share(members, muon, ranks, recipe):
             state[rank] += numbers * (slots * recipe.state + recipe.master)
             if kind == "muon":
                 directions[rank] += numbers * recipe.state
-                stacks[rank][shape[-2:]] = stacks[rank].get(shape[-2:], 0) + numbers
-    working = [most + max(stack.values(), default=0) * (2 * recipe.state + 2) for most, stack in zip(directions, stacks)]
+                stacked = numbers * (2 * recipe.state + 2 + 4 * min(shape[-2:]) / max(shape[-2:]))
+                stacks[rank][shape[-2:]] = stacks[rank].get(shape[-2:], 0) + stacked
+    working = [most + max(stack.values(), default=0) for most, stack in zip(directions, stacks)]
     return max(state), max(working)

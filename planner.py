@@ -233,6 +233,7 @@ class Rung:
 
     what: str
     peak: float
+    moment: str  # when it holds that: in the pipeline, in the optimizer, in the encoder
     offload: float  # bytes per second to the CPU, and as many back, that keep up with 1F1B if all activations go there
 
 
@@ -403,11 +404,12 @@ def _ladder(config, layout, gpu, dtype, tables, rows, length, assumed, vision):
                 active = most_in_flight(order, kept, working)
                 if "CPU" in what:  # one microbatch is worked on, one on its way
                     active = max(2 * kept[stage] + working[stage] for stage in own)
-                peaks.append(h.weights + h.gradients + h.state + buffers[rank] + max(active, vision, h.step))
+                fullest = max((active, "pipeline"), (vision, "encoder"), (h.step, "optimizer"))
+                peaks.append((h.weights + h.gradients + h.state + buffers[rank] + fullest[0], fullest[1]))
             seconds = [sum(stage_seconds(config, layout, gpu, recipe, units, rows, length, groups, assumed))
                        for units in split_units(config.num_hidden_layers, layout.stages)]  # fmt: skip
             offload = max(sum(kept[rank :: layout.pp]) / max(sum(seconds[rank :: layout.pp]), 1e-12) for rank in range(layout.pp))
-            rungs.append(Rung(f"{weights}: {what}", max(peaks), offload))
+            rungs.append(Rung(f"{weights}: {what}", *max(peaks), offload))
     return rungs
 
 
@@ -450,7 +452,7 @@ def report(plan):
     """The plan as text."""
     p, layout, gpu, a, recipe = plan, plan.layout, plan.gpu, plan.assumed, RECIPES[plan.dtype]
     s = sizes(p.config)
-    usable = gpu.memory * a.usable
+    usable, leaving = gpu.memory * a.usable, max(p.exchange) * _cross(layout, gpu)
     lines = [
         f"{layout.pp * layout.dp} × {gpu.name}: {layout.flags()}{' --zero1' if layout.zero1 else ''} --encoder {layout.encoder}",
         f"model: {s.text:,} text + {s.vision + s.projector:,} vision parameters, {s.active:,} active per token",
@@ -461,24 +463,25 @@ def report(plan):
     ]
     worst = p.peak.index(max(p.peak))
     for rank, h in enumerate(p.held):
-        lines.append(f"{rank:4d} {h.numbers / 1e9:9.3f} G {_gb(h.weights)} {_gb(h.gradients)} {_gb(h.state)} {_gb(h.step)} {p.in_flight[rank]:9d}   "
-                     f"{_gb(p.activations[rank])}   {_gb(p.buffers[rank])} {_gb(p.peak[rank])}   {_units(p.parts, rank, layout)}"
+        lines.append(f"{rank:4d} {h.numbers / 1e9:9.3f} G {_gb(h.weights)} {_gb(h.gradients)} {_gb(h.state)} {_gb(h.step)} "
+                     f"{p.in_flight[rank]:9d}   {_gb(p.activations[rank])}   {_gb(p.buffers[rank])} {_gb(p.peak[rank])}   {_units(p.parts, rank, layout)}"
                      f"{'   ← worst' if rank == worst else ''}")  # fmt: skip
     verdict = "fits" if max(p.peak) <= usable else f"does not fit: {(max(p.peak) - usable) / 1e9:.1f} GB too much"
     lines += ["", f"worst is rank {worst}: {max(p.peak) / 1e9:.1f} GB of {usable / 1e9:.1f} usable — {verdict}",
               "", "What would have to be recomputed, stored in FP8 or offloaded (worst rank, GB)"]  # fmt: skip
     for rung in p.ladder:
         over = rung.peak - usable
-        lines.append(f"  {rung.what:46s} {_gb(rung.peak)}   {'fits' if over <= 0 else f'{over / 1e9:.1f} too much':16s}"
-                     f"   all to the CPU and back: {rung.offload / 1e9:5.1f} GB/s each way")  # fmt: skip
+        verdict = "fits" if over <= 0 else f"{over / 1e9:.1f} too much"
+        lines.append(f"  {rung.what:46s} {_gb(rung.peak)}  in the {rung.moment:9s}  {verdict:14s}"
+                     f"  all to the CPU and back: {rung.offload / 1e9:5.1f} GB/s each way")  # fmt: skip
     lines += [f"  (the host takes {gpu.host / 1e9:.0f} GB/s in each direction)", "",
               "Traffic per step, sent by one rank",
-              f"  all-to-all        {max(p.exchange) / 1e9:10.1f} GB   {max(p.exchange) * _cross(layout, gpu) / 1e9:.1f} GB of it to other nodes: "
-              f"{max(p.exchange) * _cross(layout, gpu) / gpu.link:.2f} s at {gpu.link * 8 / 1e9:.0f} Gb/s",
+              f"  all-to-all        {max(p.exchange) / 1e9:10.1f} GB   {leaving / 1e9:.1f} GB of it to other nodes: {leaving / gpu.link:.2f} s at {gpu.link * 8 / 1e9:.0f} Gb/s",
               f"  pipeline          {max(p.messages) / 1e9:10.1f} GB   {max(p.messages) / gpu.link:.2f} s",
               f"  gradients, ZeRO-1                 {p.reduce:.2f} s",
               "", "Time",
-              f"  one microbatch: forward {min(p.forward) * 1e3:.1f} … {max(p.forward) * 1e3:.1f} ms in a stage, backward {min(p.backward) * 1e3:.1f} … {max(p.backward) * 1e3:.1f} ms",
+              f"  one microbatch: forward {min(p.forward) * 1e3:.1f} … {max(p.forward) * 1e3:.1f} ms in a stage, "
+              f"backward {min(p.backward) * 1e3:.1f} … {max(p.backward) * 1e3:.1f} ms",
               f"  bubble            {bubble(p.spans):8.1%}   of the pipeline's time; even stages would have "
               f"{(layout.pp - 1) / (layout.virtual_stages * layout.microbatches + layout.pp - 1):.1%}",
               f"  pipeline          {p.pipeline:8.2f} s",
@@ -486,15 +489,19 @@ def report(plan):
               f"  optimizer         {p.optimizer:8.2f} s",
               f"  vision (DEP)      {p.encoder:8.2f} s",
               f"  step              {p.step:8.2f} s   {p.tokens / p.step:,.0f} tokens/s   MFU {p.mfu(p.step):.1%}",
-              f"  … nothing hidden  {p.step + p.exposed:8.2f} s   {p.tokens / (p.step + p.exposed):,.0f} tokens/s   MFU {p.mfu(p.step + p.exposed):.1%}",
+              f"  … nothing hidden  {p.step + p.exposed:8.2f} s   {p.tokens / (p.step + p.exposed):,.0f} tokens/s   "
+              f"MFU {p.mfu(p.step + p.exposed):.1%}",
               "", "Assumed",
-              f"  --dtype {p.dtype}: bytes of a weight {recipe.weights}, gradient {recipe.gradients}, optimizer slot {recipe.state}, master copy {recipe.master}, "
-              f"residual stream {recipe.stream}, products {recipe.linear}, experts {recipe.experts}, norms and router {recipe.wide}",
-              f"  --recompute {','.join(p.recompute) or 'none'}{' --fp8' if p.fp8 else ''}; routing is even; activations as the unfused operations keep them",
-              f"  {gpu.name}: {gpu.memory / 1e9:.0f} GB, of which {a.usable:.0%} usable; {gpu.flops / 1e12:.3g} TFLOP/s bfloat16, {gpu.flops_float32 / 1e12:.3g} float32; "
-              f"NVLink {gpu.nvlink / 1e9:.0f} GB/s, network {gpu.link / 1e9:.0f} GB/s one way; {gpu.node} per node",
-              f"  --efficiency {a.efficiency}: of those rates, with all that is no matrix product; backward = 2 × forward, and what is recomputed",
-              f"  --hidden {a.hidden}: share of the all-to-all that overlaps with computation; messages of the pipeline delay only their receiver",
+              f"  --dtype {p.dtype}: bytes of a weight {recipe.weights}, gradient {recipe.gradients}, optimizer slot {recipe.state}, "
+              f"master copy {recipe.master}, residual stream {recipe.stream}, products {recipe.linear}, experts {recipe.experts}, norms and router {recipe.wide}",
+              f"  --recompute {','.join(p.recompute) or 'none'}{' --fp8' if p.fp8 else ''}; routing is even; activations as the unfused operations "
+              "keep them; of a group that is recomputed or in FP8, all that can be",
+              f"  {gpu.name}: {gpu.memory / 1e9:.0f} GB, of which {a.usable:.0%} usable; {gpu.flops / 1e12:.3g} TFLOP/s bfloat16, "
+              f"{gpu.flops_float32 / 1e12:.3g} float32; NVLink {gpu.nvlink / 1e9:.0f} GB/s, network {gpu.link / 1e9:.0f} GB/s one way; {gpu.node} per node",
+              f"  --efficiency {a.efficiency}: of those rates, with all that is no matrix product; "
+              "backward = 2 × forward, and what is recomputed",
+              f"  --hidden {a.hidden}: share of the all-to-all that overlaps with computation; "
+              "messages of the pipeline delay only their receiver",
               f"  --vision-share {a.vision}, pictures of {a.picture} patches; four encoder forward passes' worth of work, spread evenly",
               "  gradients are reduced after the pipeline, not during it; data come for free; MFU counts neither recompute nor vision"]  # fmt: skip
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import planner
-from footprint import RECIPES, RECOMPUTE, holdings, layer_kept, measure_saved, pretended, stage_kept
+from footprint import RECIPES, RECOMPUTE, holdings, layer_kept, measure_peak, measure_saved, pretended, stage_kept
 from k25 import K25, K25Config, cross_entropy_fused, sizes
 from mla import rope_table, visibility
 from optim import MuonClip
@@ -124,25 +124,38 @@ def test_experts_on_other_ranks_keep_their_rows_twice(dtype):
     assert counted == pytest.approx(measured, rel=0.01)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config, rows, length", [(TOY, 2, 256), (TOY, 8, 256), (SMALL, 1, 256), (SMALL, 5, 256)],
-                         ids=["toy", "toy-chunked", "small", "small-chunked"])  # fmt: skip
-def test_a_training_forward_keeps_what_the_model_says_within_ten_percent(config, rows, length, dtype, recompute):
+@pytest.mark.parametrize("config, rows, dtype, recompute", [
+    (TOY, 8, "float32", False), (TOY, 8, "float32", True), (TOY, 8, "bfloat16", False), (TOY, 2, "bfloat16", True),
+    (SMALL, 1, "float32", False), (SMALL, 1, "float32", True),
+], ids=["toy", "toy-recompute", "toy-autocast", "toy-autocast-recompute", "small", "small-recompute"])  # fmt: skip
+def test_activations_and_peak_of_a_training_pass_are_the_models_within_ten_percent(config, rows, dtype, recompute):
     torch.manual_seed(0)
-    model = K25(dataclasses.replace(config, recompute=recompute))
+    model, length = K25(dataclasses.replace(config, recompute=recompute)), 256
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # as from the microbatch before
     ids = torch.randint(256, (rows, length))
     segments = (torch.arange(length) * 3 // length).expand(rows, length)
 
-    def run():
+    def forward():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             hidden, stats = model.hidden(model.embed(ids), segment_ids=segments, want_max=True)
             return cross_entropy_fused(hidden.flatten(0, 1), model.language_model.lm_head.weight, ids.flatten()).sum(), stats
 
-    measured, _ = measure_saved(run, [*model.parameters(), *model.buffers()])
-    units = split_units(config.num_hidden_layers, 1)[0]
-    counted, _ = stage_kept(config, RECIPES[dtype], units, rows, length, recompute=("full",) if recompute else ())
-    assert counted == pytest.approx(measured, rel=0.1)
+    kept, working = stage_kept(config, RECIPES[dtype], split_units(config.num_hidden_layers, 1)[0], rows, length,
+                               recompute=("full",) if recompute else ())  # fmt: skip
+    measured, result = measure_saved(forward, [*model.parameters(), *model.buffers()])
+    assert kept == pytest.approx(measured, rel=0.1)
+    del result
+    assert kept + working == pytest.approx(measure_peak(lambda: forward()[0].backward()), rel=0.1)
+
+
+def test_the_optimizers_step_needs_what_the_model_says_within_ten_percent():
+    model = K25(TOY)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer = MuonClip.from_named(model.named_parameters(), 1e-3, ns_dtype=torch.bfloat16)
+    optimizer.step()  # makes the state
+    assert holdings(TOY, Layout(), RECIPES["float32"])[0].step == pytest.approx(measure_peak(optimizer.step), rel=0.1)
 
 
 def test_every_recomputed_group_and_fp8_keep_less():
