@@ -109,19 +109,29 @@ def compare(what, actual, expected, truth, loose=1.0, exact=False, floor=0.0):
     if not isinstance(expected, torch.Tensor):
         return _compare_plain(what, actual, expected)
     if not isinstance(actual, torch.Tensor):
-        if isinstance(actual, bool | int | float | list) and expected.ndim == len(_nesting(actual)):
-            actual = torch.tensor(actual, dtype=expected.dtype)
-        else:
+        array = _as_array(actual, expected)
+        if array is None:
             return Difference(what, "type", f"{what}: got {_short(actual)}, expected an array {_form(expected)}")
+        actual = array
     if actual.shape != expected.shape:
         return Difference(what, "shape", f"{what}: shape {_shape(actual)}, expected {_shape(expected)}")
-    integers = not actual.is_floating_point() and not expected.is_floating_point()
+    integers = not any(x.is_floating_point() or x.is_complex() for x in (actual, expected))
     boolean = torch.bool in (actual.dtype, expected.dtype)
     if actual.dtype != expected.dtype and (not integers or boolean):
         return Difference(what, "dtype", f"{what}: dtype {_dtype(actual)}, expected {_dtype(expected)}")
     if actual.numel() == 0:
         return None
     return _compare_numbers(what, actual, expected, truth, loose, exact, floor)
+
+
+def _as_array(value, expected):
+    """Plain numbers, or nested lists of them, as a tensor of expected's dtype; None if they are no array of its rank."""
+    if not isinstance(value, bool | int | float | list) or expected.ndim != len(_nesting(value)):
+        return None
+    try:
+        return torch.tensor(value, dtype=expected.dtype)
+    except (ValueError, TypeError, OverflowError, RuntimeError):  # ragged, or not of numbers
+        return None
 
 
 def _compare_numbers(what, actual, expected, truth, loose, exact, floor):

@@ -318,6 +318,40 @@ def test_an_unstable_function_is_reported_not_crashed_on():
     assert wrong(moody, max_examples=50).record.difference.kind == "contract"
 
 
+def _each(change):
+    """Changes every result of an op: reference → function."""
+
+    def apply(reference):
+        def changed(*arguments):
+            results = reference(*arguments)
+            return tuple(map(change, results)) if isinstance(results, tuple) else change(results)
+
+        return changed
+
+    return apply
+
+
+RUBBISH = {
+    "nothing": _each(lambda value: None), "text": _each(lambda value: "x"), "a number": _each(lambda value: 1.5),
+    "no numbers": _each(lambda value: []), "ragged lists": _each(lambda value: [[1], [2, 3]]),
+    "lists of text": _each(lambda value: [["a"]]), "an object": lambda reference: lambda *_: object(),
+    "six numbers": lambda reference: lambda *_: (1, 2, 3, 4, 5, 6),
+    "flattened": _each(lambda value: value.flatten() if isinstance(value, torch.Tensor) else value),
+    "complex": _each(lambda value: value.to(torch.complex64) if isinstance(value, torch.Tensor) else value),
+    "moved": _each(lambda value: value + 1 if isinstance(value, torch.Tensor) else value),
+    "zeros": _each(lambda value: 0 * value if isinstance(value, torch.Tensor) else value),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_rubbish_is_described_and_crashes_nothing(name):
+    op = OPS[name]
+    for what, spoil in RUBBISH.items():
+        finding = check_op(op, twin(spoil(op.reference)), op.dtypes[:1], max_examples=2)
+        tensors = what in ("flattened", "complex", "moved", "zeros")  # the same where nothing is a tensor, or all was flat
+        assert (finding and finding.text() and finding.cause) or tensors, what
+
+
 # Arrays of other libraries
 
 
