@@ -1,0 +1,276 @@
+"""Checkpoints of a run on many processes: written once, loaded in any other layout, never lost — K2.5 report 4.5.
+
+    RUN/latest.json                      the last good checkpoint: its name, stage, step, global step, data position
+    RUN/checkpoint-000100/state.json     the same
+                          model/         shard-00001-….safetensors: rank 0's part, and so on; manifest.json: their sizes
+                          optimizer/     momenta and step counters, the same way, under the names of MuonClip.state_tensors
+
+Each tensor carries its released name, experts stacked. torch.distributed.checkpoint decides who writes what: of copies
+only one is written, by the rank that has least to write; a share of the experts is written as rows of the whole tensor,
+and the header of its file says which. So nothing in a checkpoint depends on the layout it came from. The files are
+safetensors, not that library's own format, which is pickled.
+
+All ranks write into a hidden directory. Only when all of them have succeeded does rank 0 rename it, point latest.json
+to it, and remove the checkpoint before; whoever is killed when, latest.json points to a whole checkpoint.
+
+Public names: RankLost, Checkpoints, export.
+Letters: none.     Tests: pytest tests/test_shards.py
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import pathlib
+import re
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from checkpoint import CheckpointError, replace_directory, write_file
+from k25 import K25, save
+from parallel import ranks
+
+PARTS = ("model", "optimizer")
+
+
+class RankLost(RuntimeError):
+    """Another process has died or hangs, so that nothing more can be done together; the message says during what."""
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process builds one, and calls save and load together with all others.
+
+    run: the run's directory, on a file system that all see; patience: seconds to wait for the slowest process.
+    """
+
+    def __init__(self, run, patience=300):
+        self.run, self.rank = pathlib.Path(run), ranks()[0]
+        several = ranks()[1] > 1
+        # A group of its own, on the CPU: its waits are bounded by their own patience, whatever the training's are.
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience)) if several else None
+        self.settings = {"process_group": self.group, "no_dist": not several}
+
+    def latest(self):
+        """What latest.json says, or None before the first checkpoint."""
+        path = self.run / "latest.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def save(self, model, optimizer, state):
+        """Write a checkpoint, point to it, drop the one before.
+
+        model: K25, or a process's part of it; optimizer: its MuonClip or Trainer; state: dict with "global_step" and all
+        that is to come back in latest.json, JSON, the same on every process. A checkpoint of this step that is already
+        the last good one stays. Raises CheckpointError on every process when one could not write, and RankLost.
+        """
+        name = f"checkpoint-{state['global_step']:06d}"
+        latest = self.latest()
+        if latest and latest["checkpoint"] == name:
+            return
+        good = self.run / latest["checkpoint"] if latest else "none yet"
+        unfinished = self.run / f".{name}.tmp"
+        try:
+            with self._in_one_line(f"{name} was not written", f"; last good checkpoint: {good}"):
+                self._first(lambda: _empty_directory(unfinished))
+                for part, tensors in zip(PARTS, (model.state_dict(), optimizer.state_tensors())):
+                    writer = HuggingFaceStorageWriter(unfinished / part, save_distributed=True)
+                    dcp.save(_placed(tensors, optimizer), storage_writer=writer, **self.settings)
+                self._first(lambda: self._publish(unfinished, name, state))
+        except CheckpointError:  # all have stopped writing: give the room on the disk back
+            if self.rank == 0:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _publish(self, unfinished, name, state):
+        for part in PARTS:
+            sizes = {file.name: file.stat().st_size for file in sorted((unfinished / part).iterdir())}
+            write_file(unfinished / part / "manifest.json", json.dumps({"sizes": sizes}, indent=2) + "\n")
+        content = json.dumps({"checkpoint": name} | state, indent=2) + "\n"
+        write_file(unfinished / "state.json", content)
+        replace_directory(unfinished, self.run / name)
+        write_file(self.run / "latest.json", content)
+        for old in self.run.glob("checkpoint-*"):
+            if old.name != name:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, name, model, optimizer):
+        """Fill a model and its optimizer from a checkpoint that any layout has written.
+
+        name: its directory's; model, optimizer: as for `save`. Raises CheckpointError on every process when a file is
+        missing, truncated or of another model, naming the process that wrote it, and RankLost.
+        """
+        path = self.run / name
+        with self._in_one_line(f"{path} cannot be loaded"):
+            stored = self._everyone(lambda: [_metadata(path / part) for part in PARTS])
+            whole = _whole_state(model, optimizer)
+            mine = [_placed(model.state_dict(), optimizer), _placed(_empty_state(stored[1], optimizer), optimizer)]
+            self._everyone(lambda: _check_fit(path, stored, whole, mine[0]))
+            for part, tensors in zip(PARTS, mine):
+                dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path / part), **self.settings)
+        optimizer.load_state_tensors({key: t.to_local() if isinstance(t, DTensor) else t for key, t in mine[1].items()})
+
+    # Acting together
+
+    def _first(self, action):
+        """Do something on rank 0; when it fails, everybody fails."""
+        failure = [None]
+        if self.rank == 0:
+            try:
+                action()
+            except Exception as error:
+                failure = [error]
+        if self.group:
+            dist.broadcast_object_list(failure, group=self.group)
+        if failure[0]:
+            raise CheckpointException("", {0: (failure[0], None)})
+
+    def _everyone(self, action):
+        """Do something on each rank; when one fails, everybody fails. Returns this rank's result."""
+        result, failure = None, None
+        try:
+            result = action()
+        except Exception as error:
+            failure = error
+        failures = [failure]
+        if self.group:
+            failures = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(failures, failure, group=self.group)
+        if any(failures):
+            raise CheckpointException("", {rank: (error, None) for rank, error in enumerate(failures) if error})
+        return result
+
+    @contextlib.contextmanager
+    def _in_one_line(self, what, after=""):
+        """Turn what the collectives raise into one line that names the rank and the cause."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process: that is meant
+                yield
+        except CheckpointException as error:
+            rank, (cause, _) = min(error.failures.items())
+            raise CheckpointError(f"{what}: rank {rank}: {_one_line(cause)}{after}") from None
+        except RuntimeError as error:  # of the collectives themselves: what ranks do between them comes as above
+            raise RankLost(f"{what}: rank {self.rank} has lost contact with another: {_one_line(error)}{after}") from None
+
+
+def _one_line(error):
+    line = (str(error).splitlines() or [""])[0].partition(". This is typically")[0]  # gloo goes on with advice
+    return re.sub(r"^\[\S*\.cc:\d+\] ", "", line) or type(error).__name__
+
+
+def _empty_directory(path):
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+# ------------------------------------------------------------------------------- parts of whole tensors
+
+
+def _placed(tensors, optimizer):
+    """Tensors of this process, each share of the experts marked as rows of the whole. optimizer: Trainer or MuonClip."""
+    place = getattr(optimizer, "place", None)
+    if place is None or place.layout.ep == 1:
+        return tensors
+    dp, ep = place.layout.dp, place.layout.ep
+    replicas = torch.arange(place.pp_rank * dp, (place.pp_rank + 1) * dp).view(dp // ep, ep)  # (dp/ep,ep) ranks of this pipeline rank
+    mesh = DeviceMesh.from_group([place.copies, place.ep], place.device.type, replicas, mesh_dim_names=("copies", "ep"))
+    return {name: DTensor.from_local(tensor.detach(), mesh, [Replicate(), Shard(0)], run_check=False)
+            if ".mlp.experts." in name and tensor.ndim else tensor for name, tensor in tensors.items()}  # fmt: skip
+
+
+def _whole_state(model, optimizer):
+    """The state dict of the whole model of which `model` may be a part, without its values."""
+    if not hasattr(optimizer, "place"):
+        return model.state_dict()
+    with torch.device("meta"):
+        return K25(model.config).state_dict()
+
+
+def _empty_state(stored, optimizer):
+    """Room for this process's part of an optimizer's state. stored: Metadata of the whole. Returns {name: tensor}."""
+    whole = {key: torch.empty(found.size, dtype=found.properties.dtype, device="meta")
+             for key, found in stored.state_dict_metadata.items()}  # fmt: skip
+    own = optimizer.own_state(whole) if hasattr(optimizer, "place") else whole
+    return {key: torch.empty_like(tensor, device="cpu") for key, tensor in own.items()}
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+def _metadata(directory):
+    """What the shards in a directory hold, from their headers. Raises CheckpointError when one is not whole."""
+    try:
+        sizes = json.loads((directory / "manifest.json").read_text())["sizes"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{directory / 'manifest.json'} cannot be read: {error}") from None
+    for file, size in sizes.items():
+        path, writer = directory / file, int(file.split("-")[1]) - 1
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            raise CheckpointError(f"{path}, which rank {writer} wrote, has {found} bytes instead of {size}: fetch the file again")
+        try:
+            safe_open(path, "pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}, which rank {writer} wrote, is broken: {error}") from None
+    return HuggingFaceStorageReader(directory).read_metadata()
+
+
+def _check_fit(path, stored, whole, mine):
+    """Refuse a checkpoint of another model. stored: Metadata of model and optimizer; whole: {name: tensor} of the whole
+    model; mine: of this process's part, global shapes."""
+    model, optimizer = (part.state_dict_metadata for part in stored)
+    strangers = [name for name in model if name not in whole] + [key for key in optimizer if key.rpartition(".")[0] not in whole]
+    if strangers:
+        raise CheckpointError(f"{path}: unexpected {strangers[0]}: it is of another model")
+    for name, tensor in mine.items():
+        if name not in model:
+            raise CheckpointError(f"{path}: missing {name}: it is of another model")
+        shape, dtype = tuple(model[name].size), model[name].properties.dtype
+        if (shape, dtype) != (tuple(tensor.shape), tensor.dtype):
+            raise CheckpointError(f"{path}: {name} is {shape} {dtype}, this model's is {tuple(tensor.shape)} {tensor.dtype}")
+
+
+class _Stored(dict):
+    """A whole model's state dict of which each tensor is read when it is asked for, and not kept.
+
+    Its values are meta tensors for whoever walks over them; directory: of the shards; config: K25Config.
+    """
+
+    def __init__(self, directory, config):
+        with torch.device("meta"):
+            expected = K25(config).state_dict()
+        self.found = _metadata(directory)
+        stored = self.found.state_dict_metadata
+        if missing := [name for name in expected if name not in stored]:
+            raise CheckpointError(f"{directory}: missing {missing[0]}: it is of another model")
+        super().__init__({name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype, device="meta") for name in expected})
+        self.read = functools.lru_cache(maxsize=1)(self._read)  # one stack of experts is asked for once per expert
+
+    def __getitem__(self, name):
+        return self.read(name)
+
+    def _read(self, name):
+        whole = torch.empty_like(super().__getitem__(name), device="cpu")
+        for index, stored in self.found.storage_data.items():
+            if index.fqn == name:
+                with safe_open(stored.relative_path, "pt") as file:
+                    whole[tuple(slice(at, at + size) for at, size in zip(index.offset, stored.shape))] = file.get_tensor(name)
+        return whole
+
+
+def export(checkpoint, config, directory, **settings):
+    """Write the model of a checkpoint in the released layout, as k25.save would from the model put together.
+
+    Tensors are read as they are written, so that memory holds one shard of the release and not the model.
+    checkpoint: directory of the checkpoint; config: K25Config; directory: to write; settings: int4, shard_bytes.
+    """
+    stored = _Stored(pathlib.Path(checkpoint) / "model", config)
+    save(SimpleNamespace(config=config, state_dict=lambda: stored), directory, **settings)
