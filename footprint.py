@@ -4,7 +4,7 @@ Weights are counted by name on the meta device, cut as parallel.py cuts them. Wh
 is written down tensor by tensor (`layer_kept`), as the unfused operations of mla.py and moe.py keep it;
 `measure_saved` counts what autograd really keeps, `measure_peak` what is really allocated, and the tests compare.
 
-Public names: Recipe, RECIPES, RECOMPUTE, Kept, layer_kept, embed_kept, head_kept, shared_kept, stage_kept, vision_kept,
+Public names: Recipe, RECIPES, RECOMPUTE, Kept, layer_kept, selective_kept, embed_kept, head_kept, shared_kept, stage_kept, vision_kept,
 measure_saved, measure_peak, pretended, Holding, holdings.
 Letters: B rows, T tokens, C hidden, H heads, N/P/V nope, rope and value head dims, J = N + P, Q query rank, R latent rank,
 E experts, K chosen, F expert width, U vocabulary.     Tests: pytest tests/test_planner.py
@@ -132,6 +132,23 @@ def layer_kept(config, recipe, rows, length, dense, ep=1):
     return kept
 
 
+def selective_kept(config, recipe, rows, length, dense):
+    """What one layer keeps under activations.py's selective recompute: its two inputs, and what the products that are
+    not done again and the attention put out. Returns a list of Kept."""
+    n, c, w = rows * length, recipe.linear, recipe.wide
+    wider = max(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
+    narrow = config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
+    width = config.intermediate_size if dense else config.moe_intermediate_size * config.n_shared_experts
+    kept = [Kept("inputs of attention and feed-forward", "other", 2 * n * config.hidden_size * recipe.stream),
+            Kept("q_a, kv_a", "other", n * narrow * c),
+            Kept("attention: output, log-sum-exp", "other", n * config.num_attention_heads * (wider * c + w))]  # fmt: skip
+    kept += _swiglu("mlp", n * width, c, 0)
+    if dense:
+        return kept
+    kept += [Kept("router: logits", "other", n * config.n_routed_experts * w)]
+    return kept + _swiglu("experts", n * config.num_experts_per_tok * config.moe_intermediate_size, recipe.experts, 0)
+
+
 def _swiglu(name, numbers, size, products):
     """Gate and up, and what is made of them: silu(gate), the product, and of the experts also the weighted product."""
     return [Kept(f"{name}: gate and up", "other", 2 * numbers * size, None, 2 * numbers * FP8),
@@ -191,17 +208,21 @@ def _backward_needs(config, recipe, unit, rows, length, ep):
 def stage_kept(config, recipe, units, rows, length, ep=1, recompute=(), fp8=False):
     """Bytes that one microbatch keeps in a stage, and bytes that its backward pass adds to them at its fullest.
 
-    recompute: groups of RECOMPUTE, or ("full",): each block keeps its input alone. Returns (kept, working).
+    recompute: () or ("block",) or ("selective",), as activations.py does it, or some of RECOMPUTE: all that could go.
+    Returns (kept, working).
     """
-    full, n = "full" in recompute, rows * length
+    full, n = "block" in recompute, rows * length
     layers = any(isinstance(unit, int) for unit in units)
-    kept = sum(t.bytes for t in shared_kept(config, recipe, rows, length, full)) if layers else 0
+    kept = sum(t.bytes for t in shared_kept(config, recipe, rows, length, full or "selective" in recompute)) if layers else 0
     most = 0
     for unit in units:  # the backward pass of one meets what those before it keep
         tensors = _unit_kept(config, recipe, unit, rows, length, ep)
         most = max(most, kept + sum(t.bytes for t in tensors) + _backward_needs(config, recipe, unit, rows, length, ep))
         if full and isinstance(unit, int):
             kept += n * config.hidden_size * recipe.stream
+        elif "selective" in recompute and isinstance(unit, int):
+            layer = selective_kept(config, recipe, rows, length, unit < config.first_k_dense_replace)
+            kept += sum(t.after((), fp8) for t in layer)
         else:
             kept += sum(t.after(recompute, fp8) for t in tensors)
     return kept, max(most - kept, 0)

@@ -304,7 +304,7 @@ def stage_bytes(config, layout, recipe, rows, length, recompute=(), fp8=False, a
     for stage, units in enumerate(split_units(config.num_hidden_layers, layout.stages)):
         kept, working = stage_kept(config, recipe, units, rows, length, layout.ep, recompute, fp8)
         kept += message * (stage < layout.stages - 1)
-        kept -= message * (stage > 0 and ("full" in recompute or recipe.stream == recipe.wide))
+        kept -= message * (stage > 0 and (_again(recompute) or recipe.stream == recipe.wide))
         if stage == 0 and layout.encoder == "stage0":
             kept += rows * length * assumed.vision * 4 * vision_kept(config, recipe)
         found.append((kept, working))
@@ -323,6 +323,11 @@ def _messages(layout, rank):
     return sum((stage > 0) + (stage < layout.stages - 1) for stage in range(rank, layout.stages, layout.pp))
 
 
+def _again(recompute):
+    """Whether the experts' tokens travel again in the backward pass, and layers keep their inputs."""
+    return "block" in recompute or "selective" in recompute
+
+
 def rate(gpu, size):
     """Operations per second on numbers of `size` bytes."""
     return gpu.flops if size == 2 else gpu.flops_float32
@@ -330,13 +335,13 @@ def rate(gpu, size):
 
 def stage_seconds(config, layout, gpu, recipe, units, rows, length, recompute, assumed):
     """Time of one microbatch through a stage, with the part of the all-to-all that nothing hides: (forward, backward)."""
-    n, full = rows * length, "full" in recompute
+    n, block = rows * length, "block" in recompute
     rates = [assumed.efficiency * rate(gpu, size) for size in (recipe.linear, recipe.experts, recipe.wide)]
     forward = backward = 0.0
     for unit in units:
         seconds = n * sum(flops / at for flops, at in zip(unit_flops(config, unit, length), rates))
-        again = seconds if full or unit == "head" else 0.0  # the head's logits are always computed again
-        if "mla" in recompute and isinstance(unit, int):
+        again = seconds if block or unit == "head" else 0.0  # the head's logits are always computed again
+        if ("mla" in recompute or "selective" in recompute) and isinstance(unit, int):
             up = config.q_lora_rank * (config.qk_nope_head_dim + config.qk_rope_head_dim)
             up += config.kv_lora_rank * (config.qk_nope_head_dim + config.v_head_dim)
             again += n * 2 * up * config.num_attention_heads / rates[0]
@@ -344,7 +349,7 @@ def stage_seconds(config, layout, gpu, recipe, units, rows, length, recompute, a
         if isinstance(unit, int) and unit >= config.first_k_dense_replace and layout.ep > 1:
             once = exchange_seconds(layout, gpu, n * config.num_experts_per_tok * config.hidden_size * recipe.experts)
             forward += 2 * once * (1 - assumed.hidden)  # there and back
-            backward += (4 if full else 2) * once * (1 - assumed.hidden)
+            backward += (4 if _again(recompute) else 2) * once * (1 - assumed.hidden)
     return forward, backward
 
 
@@ -379,7 +384,7 @@ def make_plan(config, layout, gpu, dtype="bfloat16", rows=1, length=4096, recomp
                 [most_in_flight(order, [1] * layout.stages) for order in tables.values()], activations, buffers, peak,
                 _ladder(config, layout, gpu, dtype, tables, rows, length, assumed, vision),
                 [layout.microbatches * _moe_layers(config, layout, parts, rank) * n * config.num_experts_per_tok * config.hidden_size
-                 * recipe.experts * (layout.ep - 1) / layout.ep * (6 if "full" in recompute else 4) for rank in range(layout.pp)],
+                 * recipe.experts * (layout.ep - 1) / layout.ep * (6 if _again(recompute) else 4) for rank in range(layout.pp)],
                 [_messages(layout, rank) * layout.microbatches * message for rank in range(layout.pp)],
                 forward, backward, spans, _reduce_seconds(layout, gpu, recipe, max(held, key=lambda h: h.weights)),
                 _optimizer_seconds(config, layout, gpu, assumed, max(held, key=lambda h: h.experts)),
@@ -393,10 +398,10 @@ def _ladder(config, layout, gpu, dtype, tables, rows, length, assumed, vision):
     for weights in dict.fromkeys((dtype, "bfloat16-weights")):
         recipe, held = RECIPES[weights], holdings(config, layout, RECIPES[weights])
         buffers = buffer_bytes(config, layout, recipe, rows, length)
-        for what, groups, fp8 in (("nothing recomputed", (), False), ("norms recomputed", RECOMPUTE[:1], False),
+        for what, groups, fp8 in (("nothing recomputed", (), False), ("norms, as far as can be", RECOMPUTE[:1], False),
                                   ("norms, SwiGLU", RECOMPUTE[:2], False), ("norms, SwiGLU, MLA", RECOMPUTE, False),
-                                  ("norms, SwiGLU, MLA; FP8", RECOMPUTE, True), ("… and the rest on the CPU", RECOMPUTE, True),
-                                  ("whole blocks recomputed", ("full",), False)):  # fmt: skip
+                                  ("selective", ("selective",), False), ("selective, FP8", ("selective",), True),
+                                  ("selective, FP8, rest on the CPU", ("selective",), True), ("block", ("block",), False)):  # fmt: skip
             kept, working = stage_bytes(config, layout, recipe, rows, length, groups, fp8, assumed)
             peaks = []
             for rank, (h, order) in enumerate(zip(held, tables.values())):
@@ -472,7 +477,7 @@ def report(plan):
     for rung in p.ladder:
         over = rung.peak - usable
         verdict = "fits" if over <= 0 else f"{over / 1e9:.1f} too much"
-        lines.append(f"  {rung.what:46s} {_gb(rung.peak)}  in the {rung.moment:9s}  {verdict:14s}"
+        lines.append(f"  {rung.what:50s} {_gb(rung.peak)}  in the {rung.moment:9s}  {verdict:14s}"
                      f"  all to the CPU and back: {rung.offload / 1e9:5.1f} GB/s each way")  # fmt: skip
     lines += [f"  (the host takes {gpu.host / 1e9:.0f} GB/s in each direction)", "",
               "Traffic per step, sent by one rank",
@@ -495,7 +500,7 @@ def report(plan):
               f"  --dtype {p.dtype}: bytes of a weight {recipe.weights}, gradient {recipe.gradients}, optimizer slot {recipe.state}, "
               f"master copy {recipe.master}, residual stream {recipe.stream}, products {recipe.linear}, experts {recipe.experts}, norms and router {recipe.wide}",
               f"  --recompute {','.join(p.recompute) or 'none'}{' --fp8' if p.fp8 else ''}; routing is even; activations as the unfused operations "
-              "keep them; of a group that is recomputed or in FP8, all that can be",
+              "keep them",
               f"  {gpu.name}: {gpu.memory / 1e9:.0f} GB, of which {a.usable:.0%} usable; {gpu.flops / 1e12:.3g} TFLOP/s bfloat16, "
               f"{gpu.flops_float32 / 1e12:.3g} float32; NVLink {gpu.nvlink / 1e9:.0f} GB/s, network {gpu.link / 1e9:.0f} GB/s one way; {gpu.node} per node",
               f"  --efficiency {a.efficiency}: of those rates, with all that is no matrix product; "
@@ -566,7 +571,7 @@ def add_arguments(parser):
     parser.add_argument("--dtype", default="bfloat16", choices=list(RECIPES))
     parser.add_argument("--no-zero1", action="store_true", help="every replica keeps the whole optimizer state")
     parser.add_argument("--encoder", default="dep", choices=["dep", "stage0"])
-    parser.add_argument("--recompute", default="none", help="none, full, or some of norms,swiglu,mla")
+    parser.add_argument("--recompute", default="none", help="none, selective, block (as activations.py), or some of norms,swiglu,mla")
     parser.add_argument("--fp8", action="store_true", help="experts' inputs, gate and up in FP8-E4M3")
     for name, flag, help_text in (
         ("efficiency", "--efficiency", "share of the peak rate reached"), ("hidden", "--hidden", "share of the all-to-all that is hidden"),
@@ -580,9 +585,8 @@ def main(options):
     """Print the plan. Returns the exit code: 2, with one line, for a layout that cannot be."""
     recompute = () if options.recompute == "none" else tuple(options.recompute.split(","))
     try:
-        unknown = set(recompute) - {*RECOMPUTE, "full"}
-        if unknown or ("full" in recompute and len(recompute) > 1):
-            raise ParallelError(f"--recompute {options.recompute}: choose none, full, or some of {','.join(RECOMPUTE)}")
+        if recompute not in (("selective",), ("block",)) and not {*recompute} <= {*RECOMPUTE}:
+            raise ParallelError(f"--recompute {options.recompute}: choose none, selective, block, or some of {','.join(RECOMPUTE)}")
         if min(options.gpus, options.pp, options.rows, options.length) < 1:
             raise ParallelError("--gpus, --pp, --rows and --length must be at least 1")
         config = K25Config.preset(options.preset)

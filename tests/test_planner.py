@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import planner
-from footprint import RECIPES, RECOMPUTE, holdings, layer_kept, measure_peak, measure_saved, pretended, stage_kept
+from activations import Memory, saving
+from footprint import RECIPES, RECOMPUTE, holdings, layer_kept, measure_peak, measure_saved, pretended, selective_kept, stage_kept
 from k25 import K25, K25Config, cross_entropy_fused, sizes
 from mla import rope_table, visibility
 from optim import MuonClip
@@ -142,7 +143,7 @@ def test_activations_and_peak_of_a_training_pass_are_the_models_within_ten_perce
             return cross_entropy_fused(hidden.flatten(0, 1), model.language_model.lm_head.weight, ids.flatten()).sum(), stats
 
     kept, working = stage_kept(config, RECIPES[dtype], split_units(config.num_hidden_layers, 1)[0], rows, length,
-                               recompute=("full",) if recompute else ())  # fmt: skip
+                               recompute=("block",) if recompute else ())  # fmt: skip
     measured, result = measure_saved(forward, [*model.parameters(), *model.buffers()])
     assert kept == pytest.approx(measured, rel=0.1)
     del result
@@ -158,15 +159,30 @@ def test_the_optimizers_step_needs_what_the_model_says_within_ten_percent():
     assert holdings(TOY, Layout(), RECIPES["float32"])[0].step == pytest.approx(measure_peak(optimizer.step), rel=0.1)
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["selective", "selective-fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_selective_recompute_keeps_what_the_model_says(dtype, fp8):
+    torch.manual_seed(0)
+    model, rows, length = K25(SMALL), 1, 64
+    ids, segments = torch.randint(256, (rows, length)), torch.zeros(rows, length, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"), \
+         saving(Memory("selective", fp8), model, count=True) as found:  # fmt: skip
+        _ = model.hidden(model.embed(ids), segment_ids=segments, want_max=True)
+    measured = sum(size for (layer, _), size in found.bytes.items() if isinstance(layer, int))
+    counted = sum(kept.after((), fp8) for layer in range(SMALL.num_hidden_layers)
+                  for kept in selective_kept(SMALL, RECIPES[dtype], rows, length, layer == 0))  # fmt: skip
+    assert counted == pytest.approx(measured, rel=0.02)
+
+
 def test_every_recomputed_group_and_fp8_keep_less():
     def kept(**how):
         return stage_kept(K25Config.preset("k2.5"), RECIPES["bfloat16-weights"], [1, 2], 1, 4096, 16, **how)[0]
 
     falling = [kept(), kept(recompute=RECOMPUTE[:1]), kept(recompute=RECOMPUTE[:2]), kept(recompute=RECOMPUTE),
-               kept(recompute=RECOMPUTE, fp8=True), kept(recompute=("full",))]  # fmt: skip
+               kept(recompute=RECOMPUTE, fp8=True), kept(recompute=("block",))]  # fmt: skip
     assert falling == sorted(falling, reverse=True) and len(set(falling)) == len(falling)
     table = 4096 * 64 * 4 + 4096 * 4097  # cos and sin; the mask and which tokens count
-    assert kept(recompute=("full",)) == 2 * 4096 * 7168 * 2 + table
+    assert kept(recompute=("block",)) == 2 * 4096 * 7168 * 2 + table
 
 
 def test_the_measure_counts_a_storage_once_and_parameters_never():
@@ -284,7 +300,7 @@ def test_the_command_prints_the_plan_and_draws_the_schedule(tmp_path, capsys):
     (("--ep", "3"), "--ep 3 does not divide --dp 2; nearest: --pp 2 --virtual-stages 2 --ep 2"),
     (("--gpus", "5"), "needs 4 processes and 5 processes were started"),
     (("--virtual-stages", "3"), "6 stages, but embedding, 3 layers and head are 5"),
-    (("--recompute", "norm"), "choose none, full, or some of norms,swiglu,mla"),
+    (("--recompute", "norm"), "choose none, selective, block, or some of norms,swiglu,mla"),
     (("--rows", "0"), "must be at least 1"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_in_one_line(wrong, words, capsys):
