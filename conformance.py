@@ -339,12 +339,12 @@ def diagnose(op, records):
         found = [suspect for share, suspect in hits if share == best]
         words = [s.cause + (f" ({s.seen})" if s.seen else "") for s in found]
         return found[0].name, " — or: ".join(words)
-    alike = [r for r in records if (r.difference.what, r.difference.kind) == _last(records)]
-    return "", _pattern(max(alike, key=_numbers))
-
-
-def _last(records):
-    return records[-1].difference.what, records[-1].difference.kind
+    smallest = records[-1]
+    alike = [r for r in records if (r.difference.what, r.difference.kind) == (smallest.difference.what, smallest.difference.kind)]
+    largest = max(alike, key=_numbers)  # shows more of a pattern
+    if smallest.difference.kind not in ("value", "shape") or _numbers(largest) == _numbers(smallest):
+        return "", _pattern(smallest)
+    return "", f"{_pattern(largest)} (as seen on a larger input)"
 
 
 def _numbers(record):
