@@ -144,13 +144,14 @@ def _fetch_ahead(rows):
 def open_manifest(path, skip_bad=False, check: Callable[[Example], object] | None = None, store=None):
     """Open the user's data, trying every row once.
 
-    path: str or Path — a `.jsonl` manifest or a folder, local or a URL; skip_bad: bool — drop bad rows (they stay listed in
-    `bad`) instead of raising; check: called with each Example, raises ValueError to refuse it (as
-    data.check_length does for a picture longer than a training row); from several threads when objects are remote;
-    store: storage.Store — reads the URLs; None: one with default settings, when there is a URL.
+    path: str or Path — a `.jsonl` manifest or a folder, local or a URL; skip_bad: bool — drop bad rows (they stay
+    listed in `bad`) instead of raising; check: called with each Example, raises ValueError to refuse it (as
+    data.check_length does for a picture longer than a training row), from several threads when data are far away;
+    store: storage.Store — reads the URLs; None: one with default settings, made when there is a URL.
     Returns ManifestSource: a row is held out when the hash of its text and pixels says so (one in ten, equal
     rows together); with fewer than ten good rows all are training rows.
-    Raises DataError listing the bad rows by line or file (the first ten and the count), or when none is left.
+    Raises DataError listing the bad rows by line or file (the first ten and the count), or when none is left; and,
+    whatever skip_bad says, when an object store does not answer: which rows there are must not depend on that.
     """
     try:
         path = (store or _default_store()).path(path) if is_url(path) else Path(path)

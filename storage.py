@@ -302,7 +302,7 @@ class Store:
         self.memory = MemoryTier(settings.memory_bytes)
         self.bucket = TokenBucket(folder / "requests", settings.requests_per_second, settings.burst, clock)
         self._sleep, self._lock = sleep, threading.Lock()
-        self._systems, self._infos, self._digests, self._coming = {}, {}, {}, {}
+        self._systems, self._infos, self._listings, self._digests, self._coming = {}, {}, {}, {}, {}
         self._queue = None  # of `ahead`, made with its threads when first needed
 
     def path(self, url):
@@ -353,14 +353,19 @@ class Store:
         return self._infos[url]
 
     def find(self, url):
-        """URLs of all objects below a folder, sorted; their Infos are known afterwards. A listing counts as one request."""
-        system = self._system(url)
-        root = system._strip_protocol(url).rstrip("/")
-        listed = self._ask(url, lambda: system.find(url, detail=True))
-        found = {url + name[len(root) :]: _info(details) for name, details in listed.items()}
-        for name, info in found.items():
-            self._infos.setdefault(name, info)
-        return sorted(found)
+        """URLs of all objects below a folder, sorted, asked once; their Infos are known afterwards.
+
+        A listing counts as one request, though a store may give it in pages of a thousand.
+        """
+        if url not in self._listings:
+            system = self._system(url)
+            root = system._strip_protocol(url).rstrip("/")
+            listed = self._ask(url, lambda: system.find(url, detail=True))
+            found = {url.rstrip("/") + name[len(root) :]: _info(details) for name, details in listed.items()}
+            for name, info in found.items():
+                self._infos.setdefault(name, info)
+            self._listings.setdefault(url, sorted(found))
+        return self._listings[url]
 
     def pause(self, url, attempt):
         """Seconds before try attempt + 1: first_wait · 2^attempt · (½ + ½u), u fixed by seed, URL and attempt."""
@@ -412,7 +417,7 @@ class Store:
 
     def _unchanged(self, url, digest):
         if self._digests.setdefault(url, digest) != digest:
-            raise StorageError(f"{public_url(url)}: the object changed since it was first read; start again with fixed data")
+            raise StorageError(f"{public_url(url)}: the object changed since it was first read; start again")
         return digest
 
     def _ask(self, url, request):
@@ -458,7 +463,8 @@ def _open_system(url, scheme, options):
 
         system = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
     except ImportError:
-        raise StorageError(f"{public_url(url)}: reading {scheme}:// needs the extra `storage`: pip install '.[storage]'") from None
+        needs = f"reading {scheme}:// needs the extra `storage`: pip install '.[storage]'"
+        raise StorageError(f"{public_url(url)}: {needs}") from None
     except (ValueError, TypeError) as error:
         raise MissingError(f"{public_url(url)}: {error}") from None
     system.retries = 1  # tries of s3fs, which would not count against the rate; other file systems have none
@@ -585,7 +591,7 @@ def bench(data, tokens_per_second, settings, ahead=8):
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         settings = replace(settings, cache=folder)
-        print(f"{'tier':8s} {'examples/s':>10s} {'MB/s':>8s} {'tokens/s':>10s} {'x appetite':>10s} {'waiting':>8s} {'requests':>8s}")
+        print("tier     examples/s     MB/s   tokens/s x appetite  waiting requests")
         store = Store(settings)
         for tier in ("cold", "disk", "memory"):
             store = Store(settings) if tier == "disk" else store
@@ -676,7 +682,8 @@ def main(arguments=None):
         settings = StoreSettings(memory_bytes=given.memory_bytes, disk_bytes=given.disk_bytes, workers=given.workers,
                                  requests_per_second=given.requests_per_second, burst=given.burst)  # fmt: skip
         wanted = given.tokens_per_second or appetite(given.run)
-        source = "as given" if given.tokens_per_second else f"median of the logged steps of {given.run or 'a toy joint training, started for this'}"
+        taken = f"median of the logged steps of {given.run or 'a toy joint training, started for this'}"
+        source = "as given" if given.tokens_per_second else taken
         print(f"appetite {wanted:,.0f} tokens/s ({source}; as if every token came from this data)")
         bench(given.data, wanted, settings)
     except ValueError as error:  # StorageError, or a picture's MediaError
