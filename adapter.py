@@ -195,7 +195,9 @@ def run(function, arguments, names, wanted=(), cotangents=None, arrays="torch", 
         home = getattr(getattr(function, "__code__", None), "co_filename", "")
         frame = ([f for f in frames if f.filename == home] or frames)[-1]  # their line, not the library's that it called
         place = f"{frame.filename.rpartition('/')[2]}, line {frame.lineno}"
-        return Outcome({}, {}, f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]} ({place})")
+        words = " ".join(str(error).split())[:300]
+        does = f"calls sys.exit({words})" if isinstance(error, SystemExit) else f"raises {type(error).__name__}: {words}"
+        return Outcome({}, {}, f"{does} ({place})")
     if first.complaint:
         return first
     for kind in ("outputs", "gradients"):
