@@ -4,14 +4,14 @@
     python oracle.py bench --quick              the same with shorter texts, in under one
     python oracle.py bench --device cuda        also one layer, decoding and the vision tower at the released size
 
-Two sides of a pair have the same weights, dtype and threads, and run in turn, A B A B …; what is told are medians. In
-the same turns run one matrix product and one copy, whose best rates so far are the ceilings. With FLOPs and bytes counted
-by roofline.py,
+Two sides of a pair have the same weights, dtype and threads, and run in turn, A B A B …; the ratio is that of their
+medians. In the same turns run one matrix product and one copy, whose best rates so far are the machine's ceilings. With
+FLOPs and bytes counted by roofline.py,
 
-    share of the ceiling = max(flops / GEMM rate, bytes / copy rate) / seconds
+    share of the ceiling = max(flops / GEMM rate, bytes / copy rate) / seconds of our best turn
 
-Both sides' results are compared before anything is timed. Where a target is missed, a profile says what our side spends
-its time in.
+Both sides' results are compared before anything is timed. Where a target is missed, or ours is the slower side, a profile
+says what it spends its time in.
 
 Public names: BenchError, Disagreement, Entry, WORKLOADS, disagreement, interleave, Ceiling, measure, profile, run, plot,
 add_arguments, main.     Tests: pytest tests/test_bench.py
@@ -65,6 +65,7 @@ class Entry:
     what: str
     against: str
     seconds: float  # median of ours
+    best_seconds: float  # of ours
     their_seconds: float | None
     ratio: float | None  # theirs / ours: above 1, ours is faster
     target: float | None
@@ -73,11 +74,11 @@ class Entry:
     gemm_flops_per_s: float  # the machine's best so far
     copy_bytes_per_s: float
     bound: str  # "GEMM" | "copy": the ceiling that is nearer
-    share: float  # of that ceiling
+    share: float  # of that ceiling, in our best turn
     disagreement: float | None  # of the results, see `disagreement`
     turns: int
     load: float  # of the machine over the last minute, other people's work included
-    profile: tuple = ()  # (operation, share of our time), where the target was missed
+    profile: tuple = ()  # (operation, share of our time), where the target was missed or ours is the slower side
 
 
 def disagreement(ours, theirs, quantile=1.0):
@@ -153,17 +154,17 @@ def measure(case, ceiling, repeats, dtype, device):
                                f"than {bound:.0e}: the times would mean nothing")  # fmt: skip
     sides = {"ours": case.ours} | ({case.against: case.theirs} if case.theirs else {}) | ceiling.sides
     seconds = interleave(sides, repeats, device)
-    ours = statistics.median(seconds["ours"])
+    ours, best = statistics.median(seconds["ours"]), min(seconds["ours"])
     theirs = statistics.median(seconds[case.against]) if case.theirs else None
     ratio = theirs / ours if theirs else None
+    slow = ratio is not None and ratio < (case.target or 1)
     ceiling.hear(seconds)
     gemm, copied = ceiling.rates()
     least = {"GEMM": case.work.flops / gemm, "copy": case.work.bytes / copied}
     bound = max(least, key=least.get)
-    missed = case.target is not None and ratio < case.target
-    return Entry(case.name, case.what, case.against, ours, theirs, ratio, case.target, case.work.flops, case.work.bytes,
-                 gemm, copied, bound, least[bound] / ours, apart, len(seconds["ours"]), os.getloadavg()[0],
-                 profile(case.ours) if missed else ())  # fmt: skip
+    return Entry(case.name, case.what, case.against, ours, best, theirs, ratio, case.target, case.work.flops,
+                 case.work.bytes, gemm, copied, bound, least[bound] / best, apart, len(seconds["ours"]), os.getloadavg()[0],
+                 profile(case.ours) if slow else ())  # fmt: skip
 
 
 def profile(function, most=5):
@@ -260,15 +261,20 @@ def plot(entries, path, about):
                                      squeeze=False, layout="constrained")  # fmt: skip
     for panel, kind in zip(panels[:, 0], kinds):
         shown = [e for e in entries if e.against == kind][::-1]
-        bars = panel.barh([e.name for e in shown], [e.ratio for e in shown], color=BLUE, height=0.6)
-        panel.bar_label(bars, [f" {e.ratio:.2f}x" for e in shown], fontsize=8)
+        panel.barh([e.name for e in shown], [e.ratio - 1 for e in shown], left=1, color=BLUE, height=0.6)
+        for row, e in enumerate(shown):
+            panel.text(max(e.ratio, 1), row, f" {e.ratio:.2f}x", fontsize=8, va="center")
         aims = [(e.target, row) for row, e in enumerate(shown) if e.target]
         if aims:
             panel.plot(*zip(*aims), "|", color=ORANGE, markersize=14, markeredgewidth=2.5, label="target")
             panel.legend(loc="lower right")
         panel.axvline(1, color="black", linewidth=0.8)
-        panel.set(xscale="log", xlabel=f"how many times as fast as {'transformers' if kind == 'transformers' else 'its reference'}")
+        panel.set_xscale("log")
         panel.margins(x=0.12)
+        ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if panel.get_xlim()[0] < tick < panel.get_xlim()[1]]
+        panel.set_xticks(ticks, [f"{tick:g}x" for tick in ticks])
+        panel.minorticks_off()
+        panel.set_xlabel(f"how many times as fast as {kind if kind == 'transformers' else 'its reference'}")
     shown, panel = entries[::-1], panels[-1, 0]
     colours = [BLUE if e.bound == "GEMM" else GREY for e in shown]
     bars = panel.barh(range(len(shown)), [100 * e.share for e in shown], color=colours, height=0.6)
@@ -278,7 +284,8 @@ def plot(entries, path, about):
     for panel in panels[:, 0]:
         panel.grid(axis="x", alpha=0.3)
         panel.tick_params(axis="y", labelsize=8)
-    figure.suptitle(f"{about['device']}, {about['dtype']}, {about['threads']} threads", fontsize=10)
+        panel.margins(y=0.02)
+    figure.suptitle(f"{about['device']}, {about['dtype']}, {about['threads']} thread{'s' * (about['threads'] > 1)}, load {about['load']:.1f}", fontsize=10)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
     os.replace(temporary, path)

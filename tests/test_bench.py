@@ -181,17 +181,19 @@ def seconds_of(monkeypatch, ours, theirs=None):
 
 
 def test_an_entry_of_hand_worked_times(monkeypatch, ceiling):
-    """Medians 4 and 10 seconds; 200 FLOPs need 2 seconds, 10 bytes need 1."""
-    seconds_of(monkeypatch, [3.0, 4.0, 50.0], [10.0, 9.0, 80.0])
+    """Medians 5 and 10 seconds, ours at best 4; 200 FLOPs need 2 seconds, 10 bytes need 1."""
+    seconds_of(monkeypatch, [5.0, 4.0, 50.0], [10.0, 9.0, 80.0])
     ones = torch.ones(2, 2)
     entry = measure(pair(lambda: ones @ ones, lambda: ones + 1, Work(200, 10), 3.0), ceiling, 3, torch.float32, "cpu")
-    assert (entry.seconds, entry.their_seconds, entry.ratio, entry.turns) == (4, 10, 2.5, 3)
+    assert (entry.seconds, entry.best_seconds, entry.their_seconds, entry.ratio, entry.turns) == (5, 4, 10, 2, 3)
     assert (entry.bound, entry.share, entry.disagreement) == ("GEMM", 0.5, 0)
-    assert "aten::mm" in dict(entry.profile) and "missed" in bench.line(entry)  # 2.5 of 3
+    assert "aten::mm" in dict(entry.profile) and "missed" in bench.line(entry)  # 2 of 3
     entry = measure(pair(lambda: ones, lambda: ones, Work(20, 10), 2.0), ceiling, 3, torch.float32, "cpu")
     assert (entry.bound, entry.share, entry.profile) == ("copy", 0.25, ()) and "missed" not in bench.line(entry)
+    seconds_of(monkeypatch, [10.0], [9.0])
+    assert measure(pair(lambda: ones @ ones, lambda: ones + 1, Work(1, 1)), ceiling, 1, torch.float32, "cpu").profile  # slower
     entry = measure(pair(lambda: ones, None, Work(200, 10)), ceiling, 3, torch.float32, "cpu")
-    assert entry.ratio is entry.their_seconds is entry.disagreement is None and "50% of the GEMM" in bench.line(entry)
+    assert entry.ratio is entry.their_seconds is entry.disagreement is None and "20% of the GEMM" in bench.line(entry)
 
 
 def test_sides_that_disagree_are_not_timed(monkeypatch, ceiling):
