@@ -13,17 +13,26 @@ safetensors, not that library's own format, which is pickled.
 All ranks write into a hidden directory. Only when all of them have succeeded does rank 0 rename it, point latest.json
 to it, and remove the checkpoint before; whoever is killed when, latest.json points to a whole checkpoint.
 
-Public names: RankLost, Checkpoints, export.
+When a process dies or hangs, the others' collectives fail, at once or after their patience; Watch then finds out who it
+was, so that all end with one line.
+
+Public names: RankLost, Watch, Checkpoints, export.
 Letters: none.     Tests: pytest tests/test_shards.py
 """
 
 import contextlib
 import datetime
 import functools
+import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
+import signal
+import sys
+import threading
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -43,7 +52,105 @@ PARTS = ("model", "optimizer")
 
 
 class RankLost(RuntimeError):
-    """Another process has died or hangs, so that nothing more can be done together; the message says during what."""
+    """A process has died or hangs, so that nothing more can be done together; the message says which, when and why."""
+
+
+# -------------------------------------------------------------------------------------------- who is lost
+
+
+class Watch:
+    """Knows which process is to blame when a step fails.
+
+    Each process shows again and again, in the store of torchrun or in one that is given, that it is alive. Nobody is
+    ended for being silent: only when something has failed is it asked who is, and the first to know leaves word.
+    store: torch.distributed.Store that outlives the processes; silence: seconds without a sign that mean dead or stuck.
+    """
+
+    def __init__(self, store=None, silence=4.0):
+        self.rank, self.world = ranks()
+        self.silence, self.busy, self.ended, self.over = silence, False, False, threading.Event()
+        if self.world == 1:
+            return
+        store = store or dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        self.store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        signal.signal(signal.SIGTERM, self._terminated)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def _terminated(self, *_):
+        """torchrun terminates all others as soon as one process has died. They have still to say which: what they do
+        together will fail for the same reason, or come to its end."""
+        self.ended = True
+        if not self.busy:
+            sys.exit(128 + signal.SIGTERM)
+
+    def _beat(self):
+        for count in itertools.count():
+            with contextlib.suppress(RuntimeError):  # without the store there is nobody to show it to
+                self.store.set(f"beat/{self.rank}", str(count))
+            if self.over.wait(self.silence / 8):
+                return
+
+    def close(self):
+        """No more signs: this process is done."""
+        self.over.set()
+
+    @contextlib.contextmanager
+    def during(self, what):
+        """Around what all processes do together: whatever goes wrong on any of them becomes a RankLost on all.
+
+        what: "step 17". A CheckpointError passes: all have met it and are well.
+        """
+        self.busy = True
+        try:
+            yield
+            if self.ended:
+                sys.exit(128 + signal.SIGTERM)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if self.world == 1:
+                raise
+            raise RankLost(f"{what}: {self._verdict(error)}") from error
+        finally:
+            self.busy = False
+
+    def _verdict(self, error):
+        """Who failed, and of what: whom another process has found out, else who is silent, else this one."""
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        verdict = f"rank {self.rank}: {'out of memory: ' if full else ''}{_one_line(error)}"
+        try:
+            if not full:
+                verdict = self._found_out() or verdict
+            self.store.set(f"word/{self.rank}", verdict)
+        except RuntimeError:
+            return f"{verdict}; the store of all processes has gone with one of them"
+        return verdict
+
+    def _found_out(self):
+        before, began = self._read("beat"), time.monotonic()
+        while time.monotonic() < began + self.silence:
+            if words := self._read("word"):
+                return next(iter(words.values()))
+            time.sleep(self.silence / 20)
+        silent = [str(rank) for rank, count in self._read("beat").items() if before.get(rank) == count]
+        return silent and f"rank {', '.join(silent)}: no sign of life: killed, or stuck"
+
+    def _read(self, kind):
+        others = {rank: f"{kind}/{rank}" for rank in range(self.world) if rank != self.rank}
+        return {rank: self.store.get(key).decode() for rank, key in others.items() if self.store.check([key])}
+
+    def leave(self, message, code=1):
+        """End this process without waiting for any other; the first to leave says why."""
+        try:
+            first = self.store.add("left", 1) == 1
+        except RuntimeError:
+            first = True
+        if first:
+            print(message, file=sys.stderr, flush=True)
+        os._exit(code)  # destructors would wait for the lost
+
+
+# ---------------------------------------------------------------------------------------- checkpoints
 
 
 class Checkpoints:
