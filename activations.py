@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import write_file
 from k25 import K25, Block, K25Config, cross_entropy_fused
-from moe import MLP, Experts, MoE, experts_fused
+from moe import MLP, Experts, MoE
 
 
 class ActivationError(ValueError):
@@ -75,7 +75,7 @@ def fp8_pack(x):
     amax = wide.abs().masked_fill(~wide.isfinite(), 0.0).amax(dim=-1, keepdim=True)
     mantissa, exponent = torch.frexp(amax / E4M3_MAX)  # in ½ … 1; where it is ½, the quotient is a power of two itself
     exponent = (exponent - (mantissa == 0.5).int()).clamp(-126, 119)  # 448 · 2¹²⁰ is infinite
-    codes = torch.ldexp(wide, -exponent).clamp(-E4M3_MAX, E4M3_MAX)  # beyond the largest, a cast gives NaN
+    codes = torch.ldexp(wide, -exponent).clamp(-E4M3_MAX, E4M3_MAX)  # beyond the largest, some casts give NaN
     return codes.to(torch.float8_e4m3fn), exponent.to(torch.int8)
 
 
@@ -157,14 +157,13 @@ class _Fp8:
 
 
 class _Known:
-    """Values by storage. An address comes back when its storage is gone, so each entry knows whether it still lives."""
+    """Values by storage. While an entry refers to its storage, even weakly, no other one gets that address."""
 
     def __init__(self):
         self.entries = {}
 
     def __getitem__(self, storage):
-        reference, value = self.entries.get(storage._cdata, (None, None))
-        return None if reference is None or reference.expired() else value
+        return self.entries.get(storage._cdata, (None, None))[1]
 
     def __setitem__(self, storage, value):
         self.entries[storage._cdata] = (StorageWeakRef(storage), value)
@@ -230,7 +229,7 @@ class Saved:
             layer = "shared" if self.common[storage] else self.layer
             self.bytes[layer, "host" if self.memory.offload else "device"] += storage.nbytes()
         if not self.memory.offload:
-            return tensor
+            return tensor.detach()  # the tensor itself might hold the graph that holds it
         return _View(known, tensor.dtype, tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
 
     def _offload(self, storage):
@@ -252,9 +251,7 @@ REDONE = ("q_b_proj", "kv_b_proj", "o_proj", "down_proj")
 
 
 def _is_kept(function, arguments, redone):
-    """Whether an operator's result is kept. The max logits are computed without gradient, and not again."""
-    if not torch.is_grad_enabled():
-        return False
+    """Whether an operator's result is kept: of attention, and of products with other weights than the redone ones."""
     return function in ATTENTION or (function in PRODUCTS and tuple(arguments[1].shape) not in redone)
 
 
@@ -306,8 +303,8 @@ def _selective(block, saved):
     redone = {(*weight.shape[:-2], weight.shape[-1], weight.shape[-2]) for name, weight in block.named_parameters()
               if any(part in name for part in REDONE)}  # fmt: skip
 
-    # experts_fused weighs its rows before the down projection; its reference and expert parallel weigh them after it.
-    unread = isinstance(block.mlp, MoE) and type(block.mlp.experts) is Experts and block.mlp.experts.run is experts_fused
+    # Where grouped products run, rows are weighed before the down projection; only expert parallel weighs them after it.
+    unread = isinstance(block.mlp, MoE) and type(block.mlp.experts) is Experts
 
     def contexts():
         kept = deque()
@@ -369,7 +366,7 @@ def saving(memory, model, count=False):
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack))
         stack.callback(saved.close)
         for block in blocks:
-            inner = {"none": lambda b: b.forward, "selective": lambda b: _selective(b, saved), "block": _whole}[memory.recompute](block)
+            inner = {"none": block.forward, "selective": _selective(block, saved), "block": _whole(block)}[memory.recompute]
             _replace(stack, block, _in_layer(block, inner, saved))
             routed = not isinstance(block.mlp, MLP)
             parts = [block.mlp.experts, block.mlp.shared_experts] if routed else [block.mlp]
@@ -457,6 +454,13 @@ def _group(name):
     return next(group for group, parts in GROUPS.items() if any(part in name for part in parts))
 
 
+def _tokens(model, rows, length, seed):
+    """Random ids (rows,T) and their segments, two in each row."""
+    device = model.language_model.lm_head.weight.device
+    ids = torch.randint(model.config.bos_token_id, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return ids.to(device), (torch.arange(length, device=device) >= length // 3).long().expand(rows, length)
+
+
 def _step(model, ids, segments, memory, autocast, count=False):
     """One forward and backward pass. Returns (loss, gradients by name, Saved, seconds)."""
     clock = time.perf_counter if ids.device.type == "cuda" else time.process_time  # others may use this CPU too
@@ -490,10 +494,8 @@ def measure(model, rows=2, length=256, dtype="float32", repeats=3, seed=0, setti
     model: K25 in the dtype of its weights; rows, length: B, T; dtype: "bfloat16" is autocast; repeats: turns of all
     settings, of which the median time counts; settings: name → Memory, "plain" among them. Returns a list of Measured.
     """
-    device, autocast, layers = model.language_model.lm_head.weight.device, dtype == "bfloat16", model.config.num_hidden_layers
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(model.config.bos_token_id, (2 * rows, length), generator=generator).to(device)
-    segments = (torch.arange(length, device=device) >= length // 3).long().expand(2 * rows, length)
+    autocast, layers = dtype == "bfloat16", model.config.num_hidden_layers
+    ids, segments = _tokens(model, 2 * rows, length, seed)
     _, plain, _, _ = _step(model, ids[:rows], segments[:rows], Memory(), autocast)
     plain_loss, found, seconds = None, {}, {name: [] for name in settings}
     for turn in range(max(repeats, 1)):
@@ -526,10 +528,7 @@ def _layer_bytes(saved):
 
 def _yardstick(model, rows, length, seed):
     """Errors of the plain gradient in bfloat16 autocast against float32: what a run accepts anyway."""
-    generator = torch.Generator().manual_seed(seed)
-    device = model.language_model.lm_head.weight.device
-    ids = torch.randint(model.config.bos_token_id, (2 * rows, length), generator=generator)[:rows].to(device)
-    segments = (torch.arange(length, device=device) >= length // 3).long().expand(rows, length)
+    ids, segments = _tokens(model, rows, length, seed)
     plain = _step(model, ids, segments, Memory(), False)[1]
     return _errors(_step(model, ids, segments, Memory(), True)[1], plain)
 
@@ -548,7 +547,7 @@ def show(results, yardstick, device):
     most, least = (f(r.fixed for r in results) for f in (max, min))
     lines.append(f"besides, per layer and whatever the tokens, {least:,.0f} to {most:,.0f} bytes: in bfloat16, copies of weights")
     if device.type == "cpu":
-        lines.append("offload on a CPU moves nothing: host and device are one memory, and each byte in the column host is spent all the same")
+        lines.append("offload on a CPU moves nothing: host and device are one memory, and bytes of the column host are spent there too")
     return "\n".join(lines)
 
 
