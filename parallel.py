@@ -403,8 +403,7 @@ class Trainer:
 
     def _new_schedule(self, shape):
         """The pipeline for microbatches of (B,T) tokens. With static shapes: to find them out, each stage would run one
-        more forward pass, and its routers count it. Losses come divided by hand: the schedule would not scale the
-        gradient of the media leaf."""
+        more forward pass. Losses come divided by hand: the schedule would not scale the gradient of the media leaf."""
         like = dict(dtype=self.weight.dtype, device="meta", requires_grad=True)
         x, loss = torch.empty(*shape, self.config.hidden_size, **like), torch.empty(1, **like)
         number = torch.empty(1, dtype=torch.int64, device="meta")

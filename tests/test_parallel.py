@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 import pathlib
 import random
@@ -329,6 +330,28 @@ def test_the_cases_clip_heads_and_move_biases():
     everything = want(CASES[0].same)
     assert all(result["clipped"] and result["grad_norm"] > SETTINGS.clip_norm for result in everything.results)
     assert any(bias.any() for name, bias in everything.state.items() if name.endswith("e_score_correction_bias"))
+
+
+@pytest.fixture
+def alone():
+    """This process as a process group of one."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{free_port()}", datetime.timedelta(seconds=PATIENCE), 1, 0)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("zero1", [False, True])
+def test_a_step_without_a_finite_loss_moves_nothing(alone, zero1):
+    case = Case(layout(1, 1, 1, 1, zero1))
+    place = Place(case.layout)
+    trainer = Trainer(build(case, {}, place), muon_clip, SETTINGS, place)
+    batches = global_batch("one")
+    batches[1].patches[3, 5] = math.nan
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    assert not math.isfinite(trainer.step(batches).loss)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
+    assert not any("momentum" in name for name in trainer.state_tensors())
+    assert math.isfinite(trainer.step(global_batch("one")).loss)
 
 
 # Layouts
