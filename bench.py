@@ -170,11 +170,14 @@ def measure(case, ceiling, repeats, dtype, device):
 def profile(function, most=5):
     """The operations that a call spends its time in: ((name, share of all operations' own time), …), largest first."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler announces itself otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as taken:
+    kinds, spent = [torch.profiler.ProfilerActivity.CPU], "self_cpu_time_total"
+    if torch.cuda.is_initialized():
+        kinds, spent = [*kinds, torch.profiler.ProfilerActivity.CUDA], "self_device_time_total"
+    with torch.profiler.profile(activities=kinds) as taken:
         function()
-    rows = sorted(taken.key_averages(), key=lambda row: row.self_cpu_time_total, reverse=True)
-    total = sum(row.self_cpu_time_total for row in rows) or 1
-    return tuple((row.key, row.self_cpu_time_total / total) for row in rows[:most])
+    rows = sorted(((getattr(row, spent), row.key) for row in taken.key_averages()), reverse=True)
+    total = sum(own for own, _ in rows) or 1
+    return tuple((name, own / total) for own, name in rows[:most])
 
 
 def run(config, work, peer="transformers", device="cpu", dtype=torch.float32, out=None, released=None):
