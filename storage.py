@@ -100,12 +100,9 @@ def public_url(url):
 def in_threads(function, items, workers=8):
     """[function(item) …] in the order of the items, computed by threads; the first exception ends it."""
     items, results = list(items), []
-    pool = ThreadPoolExecutor(workers)
-    try:
+    with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(items), BLOCK):
-            results += pool.map(function, items[start : start + BLOCK])
-    finally:
-        pool.shutdown(cancel_futures=True)
+            results += pool.map(function, items[start : start + BLOCK])  # which cancels the others when one fails
     return results
 
 

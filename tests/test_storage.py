@@ -521,6 +521,15 @@ def test_fetching_ahead_is_bounded_and_a_failure_there_is_the_readers(s3, store_
         missing.read("s3://k25/nowhere")
 
 
+def test_drawing_a_row_fetches_the_next_ones_of_its_epoch_ahead(store_of, uploaded, monkeypatch):
+    store, asked = store_of(), []
+    (part,) = [part for part in open_manifest(uploaded, store=store).parts("train") if part.modality == "vision"]
+    monkeypatch.setattr(store, "ahead", asked.extend)
+    part.draw_nth(2, 0)
+    rows = [part._row(number, 0) for number in range(2, 3 + manifest.AHEAD)]
+    assert {image.url for row in rows for image in row.images} <= set(asked) and asked
+
+
 def test_threads_keep_the_order_and_the_first_failure_ends_them():
     assert in_threads(lambda n: (time.sleep(0.001 * (5 - n % 5)), n)[1], range(30)) == list(range(30))
     done = []
