@@ -133,7 +133,7 @@ class _Student:
             return Outcome({}, {}, f"its answer is refused: {reply.message}")
         outcome = self._outcome(op, reply.value, wanted, cotangents)
         if reply.reference and outcome.complaint:
-            return Outcome({}, {}, f"imports the reference ({reply.reference[0]}), which is refused")
+            return Outcome({}, {}, f"reaches for the reference ({reply.reference[0]}), which is refused")
         return outcome
 
     def _outcome(self, op, value, wanted, cotangents):
@@ -314,7 +314,7 @@ def grade_source(text, filename, exercise, sandbox, examples=EXAMPLES, seed=0):
     notes = []
     if reply.status != "ok":
         where = filename + (f", line {reply.line}" if reply.line else "")
-        reason = f"imports the reference ({reply.reference[0]}), which is refused" if reply.reference else reply.message
+        reason = f"reaches for the reference ({reply.reference[0]}), which is refused" if reply.reference else reply.message
         notes.append(f"{where}: cannot be imported: {reason}")
     for name in exercise.ops:
         op, student = OPS[name], _Student(sandbox)

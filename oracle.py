@@ -21,6 +21,9 @@ import argparse
 import importlib
 import os
 import sys
+import tempfile
+
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from op import TOLERANCE
 
@@ -52,6 +55,7 @@ def _list(options):
 def main(arguments=None):
     """The command line. Returns the exit code: 0 all agrees, 1 something differs, 2 misuse."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    set_hypothesis_home_dir(os.path.join(tempfile.gettempdir(), "hypothesis"))  # not into the caller's folder
     parser = argparse.ArgumentParser(prog="oracle.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="the operations").set_defaults(run=_list)

@@ -456,12 +456,18 @@ def _guard(home, hidden, banned, attempts):
         elif event.startswith(_FORBIDDEN):
             refuse("refused", event)
 
-    def fork_exec(*_):
-        refuse("refused", "multiprocessing")
+    def refusing(what):
+        return lambda *_, **__: refuse("refused", what)
 
     import _posixsubprocess
 
-    _posixsubprocess.fork_exec = fork_exec  # multiprocessing calls it without an audit event
+    import safetensors.torch
+    import torch
+
+    # these start processes or read files without an audit event
+    _posixsubprocess.fork_exec = refusing("multiprocessing")
+    torch.from_file = torch.UntypedStorage.from_file = refusing("from_file")
+    safetensors.safe_open = safetensors.torch.safe_open = refusing("safe_open")
     sys.addaudithook(hook)
 
 

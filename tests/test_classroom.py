@@ -241,7 +241,7 @@ def test_the_same_seed_gives_the_same_grade(grade):
 def test_importing_the_reference_is_refused_and_said(grade):
     result = grade("rms_norm", "import torch\nfrom mla import RMSNorm\ndef rms_norm(x, weight, eps): pass\n")
     assert result.points() == 0
-    assert result.notes == ("mine.py, line 2: cannot be imported: imports the reference (import mla), which is refused",)
+    assert result.notes == ("mine.py, line 2: cannot be imported: reaches for the reference (import mla), which is refused",)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_importing_the_reference_is_refused_and_said(grade):
 def test_reaching_for_the_reference_inside_a_function_is_refused_and_said(grade, line, attempt):
     result = grade("rms_norm", f"def rms_norm(x, weight, eps):\n    {line}\n", 2)
     assert result.points() == 0
-    assert f"imports the reference ({attempt}), which is refused" in texts(result, 1)
+    assert f"reaches for the reference ({attempt}), which is refused" in texts(result, 1)
     assert len(result.notes) == 1 and attempt in result.notes[0]
 
 

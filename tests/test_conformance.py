@@ -114,7 +114,8 @@ def test_a_module_may_define_dataclasses_and_hides_no_module_of_ours(tmp_path, c
 
 def test_an_empty_module_is_missing_everywhere_and_fails_nowhere(tmp_path, capsys):
     code, out = run(capsys, "check", module(tmp_path, ""))
-    assert code == 0 and f"{len(OPS)} missing" in out and "FAIL" not in out
+    assert f"{len(OPS)} missing" in out and "FAIL" not in out
+    assert code == 2 and "nothing was tested" in out  # a misspelled module must not look right
 
 
 def test_a_wrong_module_is_told_op_input_numbers_and_cause(tmp_path, capsys):
@@ -171,12 +172,12 @@ def test_misuse_exits_with_2_and_one_line(tmp_path, capsys):
     assert "did you mean rms_norm" in run(capsys, "check", path, "--ops", "rmsnorm")[1]
 
 
-def test_expected_failures_do_not_fail_and_unexpected_passes_are_told(tmp_path, capsys):
+def test_expected_failures_do_not_fail_and_unexpected_passes_do(tmp_path, capsys):
     xfails = tmp_path / "xfails.txt"
     xfails.write_text("# known\nrms_norm  # until the next release\n")
     assert run(capsys, "check", module(tmp_path, WRONG), "--xfails-file", str(xfails))[0] == 0
     code, out = run(capsys, "check", module(tmp_path, RIGHT), "--xfails-file", str(xfails))
-    assert code == 0 and "XPASS" in out
+    assert code == 1 and "XPASS" in out and "rms_norm: passes; take it out" in out
     xfails.write_text("rms_morm\n")
     with pytest.raises(ConformanceError, match="line 1: no op named 'rms_morm'"):
         read_xfails(xfails)
@@ -305,6 +306,11 @@ def test_the_suspect_with_the_same_numbers_is_named_and_no_other():
 )
 def test_without_a_suspect_the_pattern_is_described(function, words):
     assert words in wrong(function).cause
+
+
+def test_two_mistakes_at_once_are_named_by_the_one_that_the_smallest_input_shows():
+    finding = wrong(lambda x, w: (3 * x + w.sum()) * (1 + (len(x) > 1)))
+    assert finding.suspect == "triples" and finding.cause.startswith("at least this")
 
 
 def test_an_unstable_function_is_reported_not_crashed_on():

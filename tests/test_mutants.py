@@ -54,7 +54,7 @@ def route(x, weight, bias, top_k, n_group, topk_group, scale, pinned):
     w = np.take_along_axis(s + bias, index, 1)
     return (w / w.sum(1, keepdims=True) * scale).astype(np.float32), index
 """),
-    ("swiglu", "", """
+    ("swiglu", "swapped", """
 ARRAYS = "numpy"
 import numpy as np
 def swiglu(x, gate, up, down):
@@ -74,7 +74,7 @@ def int4_pack(weight):
         packed |= codes[..., j].long() << (4 * j)
     return torch.where(packed >= 2 ** 31, packed - 2 ** 32, packed).int(), scale
 """),
-    ("pool_merge", "", """
+    ("pool_merge", "column", """
 ARRAYS = "numpy"
 import numpy as np
 def pool_merge(x, grids):
@@ -86,7 +86,7 @@ def pool_merge(x, grids):
                 out.append(np.stack([item[i, j], item[i + 1, j], item[i, j + 1], item[i + 1, j + 1]])[None])
     return np.concatenate(out).astype(x.dtype)
 """),
-    ("frame_indices", "", """
+    ("frame_indices", "every frame", """
 import numpy as np
 def frame_indices(count, source_fps, sample_fps, max_frames):
     return list(range(count))
@@ -96,7 +96,7 @@ def timestamp(seconds):
     whole = round(seconds * 1000)
     return "%02d:%02d:%02d.%03d" % (whole // 3600000, whole // 60000 % 60, whole // 1000 % 60, whole % 1000)
 """),
-    ("qk_clip", "", """
+    ("qk_clip", "root of gamma", """
 import torch
 def qk_clip(q_b, kv_b, max_logits, tau, nope_dim, rope_dim, value_dim):
     gamma = torch.where(max_logits > tau, tau / max_logits, torch.ones_like(max_logits)).to(q_b.dtype)

@@ -65,6 +65,9 @@ CODE = textwrap.dedent('''
         multiprocessing.get_context("spawn").Process(target=print).start()
     def connect(): __import__("socket").create_connection(("localhost", 9))
     def ctypes_(): __import__("ctypes").CDLL(None).abort()
+    def native(): return torch.from_file("/etc/passwd", size=8, dtype=torch.uint8)
+    def storage(): return torch.UntypedStorage.from_file("/etc/passwd", False, 8)
+    def tensors(): return __import__("safetensors").safe_open("/etc/passwd", "pt")
     def kill(): os.kill(os.getppid(), 0)
     def referrers(): return len(__import__("gc").get_objects())
     def nonsense():
@@ -214,7 +217,8 @@ def test_nothing_outside_is_changed(sandbox, tmp_path, name):
     assert (tmp_path / "letter").read_text() == "private"
 
 
-@pytest.mark.parametrize("name", ["fork", "bomb", "start", "system", "spawn", "connect", "ctypes_", "kill", "referrers"])
+@pytest.mark.parametrize("name", ["fork", "bomb", "start", "system", "spawn", "connect", "ctypes_", "kill", "referrers",
+                                  "native", "storage", "tensors"])  # fmt: skip
 def test_processes_sockets_and_native_code_are_refused(sandbox, name):
     reply = sandbox.call("code", name)
     assert reply.status == "error" and len(reply.refused) == 1 and "refused" in reply.message
