@@ -5,6 +5,10 @@
     fp8         inputs of the linear layers and of the SwiGLU in experts and MLPs are stored as E4M3, one scale per row
     offload     what is stored waits in the CPU's memory
 
+Rounded are only rows that enter their gradients linearly, as a factor beside many others, so that the errors average
+out. Never rounded: what a norm divides by, what a softmax or a router's choice is made of (queries, keys, scores, router
+inputs), and the residual stream, from which everything else is computed again.
+
     with saving(Memory(recompute="selective", fp8=True), model):
         loss = ...            # forward only; values stay bitwise what they are
     loss.backward()           # gradients stay bitwise what they are, but with fp8
@@ -272,7 +276,7 @@ class _Keeping(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         result = function(*arguments, **(named or {}))
         if _is_kept(function, arguments, self.redone):
-            self.kept.append(_each(lambda tensor: self.saved.pack(tensor.detach()), result))
+            self.kept.append(_each(self.saved.pack, result))
         return result
 
 
@@ -545,7 +549,7 @@ def show(results, yardstick, device):
     if yardstick:
         lines.append(f"{'bfloat16 for float32':24s} {'':42s}        " + " ".join(f"{yardstick[g]:9.1e}" for g in groups))
     most, least = (f(r.fixed for r in results) for f in (max, min))
-    lines.append(f"besides, per layer and whatever the tokens, {least:,.0f} to {most:,.0f} bytes: in bfloat16, copies of weights")
+    lines.append(f"besides, per layer and whatever the tokens, {least:,.0f} to {most:,.0f} bytes: offsets, and in bfloat16 copies of weights")
     if device.type == "cpu":
         lines.append("offload on a CPU moves nothing: host and device are one memory, and bytes of the column host are spent there too")
     return "\n".join(lines)
