@@ -581,8 +581,11 @@ def add_arguments(parser):
     parser.add_argument("--out", type=pathlib.Path, help="directory for plan.txt and schedule.png")
 
 
-def main(options):
-    """Print the plan. Returns the exit code: 2, with one line, for a layout that cannot be."""
+def main(arguments=None):
+    """The command line: print the plan. Returns the exit code: 2, with one line, for a layout that cannot be."""
+    cli = argparse.ArgumentParser(prog="planner.py", description=__doc__.split("\n")[0])
+    add_arguments(cli)
+    options = cli.parse_args(arguments)
     recompute = () if options.recompute == "none" else tuple(options.recompute.split(","))
     try:
         if recompute not in (("selective",), ("block",)) and not {*recompute} <= {*RECOMPUTE}:
@@ -609,6 +612,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    cli = argparse.ArgumentParser(prog="planner.py", description=__doc__.split("\n")[0])
-    add_arguments(cli)
-    sys.exit(main(cli.parse_args()))
+    sys.exit(main())

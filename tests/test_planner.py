@@ -281,9 +281,7 @@ def test_the_report_names_its_assumptions_and_the_worst_rank(plan):
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
-    planner.add_arguments(parser)
-    return planner.main(parser.parse_args(arguments))
+    return planner.main(arguments)
 
 
 TINY = ("--preset", "toy", "--gpus", "4", "--pp", "2", "--virtual-stages", "2", "--ep", "2", "--length", "64", "--dtype", "float32")
