@@ -179,7 +179,8 @@ class Checkpoints:
         the last good one stays. Raises CheckpointError on every process when one could not write, and RankLost.
         """
         name = f"checkpoint-{state['global_step']:06d}"
-        latest = self.latest()
+        with self._in_one_line(f"{self.run / 'latest.json'} cannot be read"):
+            latest = self._first(self.latest)
         if latest and latest["checkpoint"] == name:
             return
         good = self.run / latest["checkpoint"] if latest else "none yet"
@@ -227,17 +228,18 @@ class Checkpoints:
     # Acting together
 
     def _first(self, action):
-        """Do something on rank 0; when it fails, everybody fails."""
-        failure = [None]
+        """Do something on rank 0; when it fails, everybody fails. Returns rank 0's result."""
+        outcome = [None, None]
         if self.rank == 0:
             try:
-                action()
+                outcome[0] = action()
             except Exception as error:
-                failure = [error]
+                outcome[1] = error
         if self.group:
-            dist.broadcast_object_list(failure, group=self.group)
-        if failure[0]:
-            raise CheckpointException("", {0: (failure[0], None)})
+            dist.broadcast_object_list(outcome, group=self.group)
+        if outcome[1]:
+            raise CheckpointException("", {0: (outcome[1], None)})
+        return outcome[0]
 
     def _everyone(self, action):
         """Do something on each rank; when one fails, everybody fails. Returns this rank's result."""
