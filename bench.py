@@ -68,6 +68,7 @@ class Entry:
     best_seconds: float  # of ours
     their_seconds: float | None
     ratio: float | None  # theirs / ours: above 1, ours is faster
+    processor_ratio: float | None  # the same of processor time: steadier where other people's work runs beside; CPU only
     target: float | None
     flops: float
     bytes: float
@@ -104,23 +105,25 @@ def _tensors(result):
 def interleave(sides, repeats, device):
     """Run every side once untimed, then all in turn, A B A B …: `repeats` times, and more often what takes milliseconds.
 
-    sides: {name: callable}. Returns {name: list of seconds}.
+    sides: {name: callable}. Returns two {name: list of seconds}: by the clock, and of processor time, which leaves out
+    the time that other people's work took from ours.
     """
     wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    clock, processor = {name: [] for name in sides}, {name: [] for name in sides}
 
     def turn():
-        taken = {}
         for name, side in sides.items():
             wait()
-            begun = time.perf_counter()
+            begun, used = time.perf_counter(), time.process_time()
             side()
             wait()
-            taken[name] = time.perf_counter() - begun
-        return taken
+            clock[name].append(time.perf_counter() - begun)
+            processor[name].append(time.process_time() - used)
 
-    first = sum(turn().values())
-    turns = [turn() for _ in range(max(repeats, min(10 * repeats, int(ENOUGH / first))))]
-    return {name: [taken[name] for taken in turns] for name in sides}
+    turn()
+    for _ in range(max(repeats, min(10 * repeats, int(ENOUGH / sum(first for (first,) in clock.values()))))):
+        turn()
+    return tuple({name: seconds[1:] for name, seconds in times.items()} for times in (clock, processor))
 
 
 class Ceiling:
@@ -132,7 +135,7 @@ class Ceiling:
         self.target = torch.empty_like(self.source)
         self.sides = {"GEMM": lambda: self.left @ self.right, "copy": lambda: self.target.copy_(self.source)}
         self.best = {name: math.inf for name in self.sides}
-        self.hear(interleave(self.sides, 5, device))
+        self.hear(interleave(self.sides, 5, device)[0])
 
     def hear(self, seconds):
         """Take in what interleave measured."""
@@ -153,17 +156,20 @@ def measure(case, ceiling, repeats, dtype, device):
             raise Disagreement(f"{case.name}: ours and {case.against} differ by {apart:.1e} of the largest value, more "
                                f"than {bound:.0e}: the times would mean nothing")  # fmt: skip
     sides = {"ours": case.ours} | ({case.against: case.theirs} if case.theirs else {}) | ceiling.sides
-    seconds = interleave(sides, repeats, device)
+    seconds, processor = interleave(sides, repeats, device)
     ours, best = statistics.median(seconds["ours"]), min(seconds["ours"])
     theirs = statistics.median(seconds[case.against]) if case.theirs else None
     ratio = theirs / ours if theirs else None
+    by_processor = None
+    if ratio and torch.device(device).type == "cpu":
+        by_processor = statistics.median(processor[case.against]) / statistics.median(processor["ours"])
     slow = ratio is not None and ratio < (case.target or 1)
     ceiling.hear(seconds)
     gemm, copied = ceiling.rates()
     least = {"GEMM": case.work.flops / gemm, "copy": case.work.bytes / copied}
     bound = max(least, key=least.get)
-    return Entry(case.name, case.what, case.against, ours, best, theirs, ratio, case.target, case.work.flops,
-                 case.work.bytes, gemm, copied, bound, least[bound] / best, apart, len(seconds["ours"]), os.getloadavg()[0],
+    return Entry(case.name, case.what, case.against, ours, best, theirs, ratio, by_processor, case.target,
+                 case.work.flops, case.work.bytes, gemm, copied, bound, least[bound] / best, apart, len(seconds["ours"]), os.getloadavg()[0],
                  profile(case.ours) if slow else ())  # fmt: skip
 
 
@@ -239,6 +245,8 @@ def line(entry):
     told = f"{entry.name:18s} {_time(entry.seconds):>9s}"
     if entry.ratio is not None:
         told += f"   {entry.against} {_time(entry.their_seconds):>9s}   {entry.ratio:6.2f}x"
+    if entry.processor_ratio is not None:
+        told += f", {entry.processor_ratio:.2f}x by processor time"
     if entry.target is not None:
         told += f" (target {entry.target:g}{'' if entry.ratio >= entry.target else ', missed'})"
     told += f"   {entry.share:4.0%} of the {entry.bound} ceiling   {entry.what}"
@@ -266,11 +274,15 @@ def plot(entries, path, about):
         shown = [e for e in entries if e.against == kind][::-1]
         panel.barh([e.name for e in shown], [e.ratio - 1 for e in shown], left=1, color=BLUE, height=0.6)
         for row, e in enumerate(shown):
-            panel.text(max(e.ratio, 1), row, f" {e.ratio:.2f}x", fontsize=8, va="center")
+            panel.text(max(e.ratio, e.processor_ratio or 1, 1), row, f"  {e.ratio:.2f}x", fontsize=8, va="center")
+        steadier = [(e.processor_ratio, row) for row, e in enumerate(shown) if e.processor_ratio]
+        if steadier:
+            panel.plot(*zip(*steadier), ".", color="black", markersize=5, label="by processor time")
         aims = [(e.target, row) for row, e in enumerate(shown) if e.target]
         if aims:
             panel.plot(*zip(*aims), "|", color=ORANGE, markersize=14, markeredgewidth=2.5, label="target")
-            panel.legend(loc="lower right")
+        if aims or steadier:
+            panel.legend(loc="lower right", fontsize=8)
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_xscale("log")
         panel.margins(x=0.12)

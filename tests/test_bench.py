@@ -156,9 +156,9 @@ def test_disagreement_of_other_shapes_or_numbers_that_are_none_is_infinite(broke
 def test_sides_run_in_turn():
     ran = []
     sides = {"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}
-    seconds = interleave(sides, 3, "cpu")
-    assert ran == ["a", "b"] * (len(ran) // 2)
-    assert len(seconds["a"]) == len(seconds["b"]) == len(ran) // 2 - 1 >= 3  # the first turn is not counted
+    for seconds in interleave(sides, 3, "cpu"):
+        assert ran == ["a", "b"] * (len(ran) // 2)
+        assert len(seconds["a"]) == len(seconds["b"]) == len(ran) // 2 - 1 >= 3  # the first turn is not counted
 
 
 @pytest.fixture
@@ -175,7 +175,8 @@ def pair(ours, theirs, work, target=None):
 
 def seconds_of(monkeypatch, ours, theirs=None):
     def told(sides, *_):
-        return {name: [0.0, 1.0, 9.0] for name in sides} | {"ours": ours} | ({"reference": theirs} if theirs else {})
+        clock = {name: [0.0, 1.0, 9.0] for name in sides} | {"ours": ours} | ({"reference": theirs} if theirs else {})
+        return clock, {"ours": [2.0], "reference": [3.0]}
 
     monkeypatch.setattr(bench, "interleave", told)
 
@@ -186,7 +187,7 @@ def test_an_entry_of_hand_worked_times(monkeypatch, ceiling):
     ones = torch.ones(2, 2)
     entry = measure(pair(lambda: ones @ ones, lambda: ones + 1, Work(200, 10), 3.0), ceiling, 3, torch.float32, "cpu")
     assert (entry.seconds, entry.best_seconds, entry.their_seconds, entry.ratio, entry.turns) == (5, 4, 10, 2, 3)
-    assert (entry.bound, entry.share, entry.disagreement) == ("GEMM", 0.5, 0)
+    assert (entry.bound, entry.share, entry.disagreement, entry.processor_ratio) == ("GEMM", 0.5, 0, 1.5)
     assert "aten::mm" in dict(entry.profile) and "missed" in bench.line(entry)  # 2 of 3
     entry = measure(pair(lambda: ones, lambda: ones, Work(20, 10), 2.0), ceiling, 3, torch.float32, "cpu")
     assert (entry.bound, entry.share, entry.profile) == ("copy", 0.25, ()) and "missed" not in bench.line(entry)
