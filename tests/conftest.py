@@ -14,6 +14,7 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+import conformance  # noqa: E402
 from manifest import open_manifest  # noqa: E402 - needs the path above
 from op import TOLERANCE  # noqa: E402
 
@@ -49,6 +50,21 @@ def assert_close(actual, expected, tolerance=None, what=""):
         f"{what}: max-abs {gap.max():.3e}, relative {gap.max() / scale:.3e} > {bound:.1e}; "
         f"worst at {index}: got {a[index].item()!r}, expected {b[index].item()!r}"
     )
+
+
+def assert_right_ones_pass(op, examples=10):
+    """The reference, every twin and every variant of an op conform in each of its dtypes."""
+    for name, function in {"reference": op.reference, **op.twins, **op.variants}.items():
+        for dtype in op.dtypes:
+            finding = conformance.check_op(op, conformance.twin(function), (dtype,), examples)
+            assert finding is None, f"{name}: {finding.text()}"
+
+
+def assert_named(op, suspect):
+    """A known mistake fails the check, and the check names it and no other."""
+    finding = conformance.check_op(op, conformance.twin(suspect.wrong))
+    assert finding, "not caught"
+    assert finding.suspect == suspect.name, finding.text()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ Run: .venv/bin/python -m pytest tests/test_ops_int4.py
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, assert_named, assert_right_ones_pass
 from hypothesis import given, settings
 
 from conformance import check_op, twin
@@ -93,17 +93,12 @@ def test_fake_quant_lets_the_gradient_of_every_weight_pass():
 
 @EACH
 def test_right_implementations_pass_in_every_dtype(op):
-    for name, function in {"reference": op.reference, **op.twins, **op.variants}.items():
-        for dtype in op.dtypes:
-            finding = check_op(op, twin(function), (dtype,), 10)
-            assert finding is None, f"{name}: {finding.text()}"
+    assert_right_ones_pass(op)
 
 
 @pytest.mark.parametrize("op, suspect", SUSPECTS)
 def test_a_mistake_is_caught_and_named(op, suspect):
-    finding = check_op(op, twin(suspect.wrong))
-    assert finding, "not caught"
-    assert finding.suspect == suspect.name, finding.text()
+    assert_named(op, suspect)
 
 
 # Corners of the inputs

@@ -6,11 +6,11 @@ Run: .venv/bin/python -m pytest tests/test_ops_training.py
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, assert_named, assert_right_ones_pass
 from hypothesis import given, settings
 
 import adapter
-from conformance import check_op, twin
+from conformance import check_op
 from ops_training import OPS, adamw_update, cross_entropy, muon_update, newton_schulz, qk_clip
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -139,17 +139,12 @@ def test_qk_clip_of_a_hand_worked_head():
 
 @EACH
 def test_right_implementations_pass_in_every_dtype(op):
-    for name, function in {"reference": op.reference, **op.twins, **op.variants}.items():
-        for dtype in op.dtypes:
-            finding = check_op(op, twin(function), (dtype,), 10)
-            assert finding is None, f"{name}: {finding.text()}"
+    assert_right_ones_pass(op)
 
 
 @pytest.mark.parametrize("op, suspect", SUSPECTS)
 def test_a_mistake_is_caught_and_named(op, suspect):
-    finding = check_op(op, twin(suspect.wrong))
-    assert finding, "not caught"
-    assert finding.suspect == suspect.name, finding.text()
+    assert_named(op, suspect)
 
 
 # Corners of the inputs

@@ -209,6 +209,9 @@ def run_case(case, folder):
     place = Place(case.layout)
     model = build(case, case.config, place)
     trainer = Trainer(model, muon_clip, SETTINGS, place)
+    forwards = []
+    for stage in trainer.modules.values():
+        stage.register_forward_pre_hook(lambda *_: forwards.append(1))
     batches = global_batch(case.pictures)
     results = []
     for step in range(STEPS):
@@ -217,6 +220,8 @@ def run_case(case, folder):
             gradients = trainer.gather({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
             counts = trainer._measure()[1]
         results.append(measured(trainer.update(turned(batches, step))))
+    once = STEPS * case.layout.microbatches * len(trainer.modules)
+    assert len(forwards) == once, f"bug 45: {len(forwards)} forward passes of stages, {once} expected"
     state, optimizer = trainer.gather(model.state_dict()), trainer.gather(trainer.state_tensors())
     assert_comes_back(case, place, state, optimizer)
     everyone = [None] * case.world
