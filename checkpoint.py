@@ -209,13 +209,15 @@ def _open(path):
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            head = file.read(8)
+            head, brace = file.read(8), file.read(1)
             length = int.from_bytes(head, "little")
-            if length > size - 8 and (head[:1] == b"\x80" or head[:2] == b"PK"):  # pickle's and zip's first bytes
+            # pickle's and zip's first bytes; a header may have a length that looks so, but then its JSON follows
+            if length > size - 8 and brace != b"{" and (head[:1] == b"\x80" or head[:2] == b"PK"):
                 raise CheckpointError(f"{path} is a pickle file: pickles can run code and are never loaded; "
                                       "convert it to safetensors")  # fmt: skip
             if len(head) < 8 or length > size - 8:
                 raise CheckpointError(f"{path} is truncated or no safetensors file: its header is incomplete")
+            file.seek(8)
             header = json.loads(file.read(length))
         for name, value in header.items():
             if name != "__metadata__" and 8 + length + value["data_offsets"][1] > size:

@@ -441,6 +441,11 @@ def test_a_pickle_file_is_refused_and_never_opened(saved, monkeypatch, name, wri
     fails(saved, saved / name, "pickle file", "convert it to safetensors")
 
 
+def test_a_truncated_header_whose_length_begins_like_a_pickle_is_called_truncated(saved):
+    (saved / ONLY).write_bytes((0x5880).to_bytes(8, "little") + b'{"__metadata__":')
+    fails(saved, "truncated or no safetensors file")
+
+
 def test_a_directory_without_weights_says_what_it_lacks(saved):
     (saved / ONLY).unlink()
     (saved / INDEX).unlink()
