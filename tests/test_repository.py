@@ -19,10 +19,11 @@ DOCS = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items()}
 
 # Each module may import only what stands before it.
 ORDER = ("moe media pictures optim tokenizer template vit3d example texts scenes sources storage manifest mla checkpoint "
-         "generate k25 data evaluate report adapter op ops_rope ops_attention ops_int4 ops_experts ops_training ops_media "
-         "ops_vision ops_text tinygrad_twins sandbox patterns conformance taps golden_cases golden_models goldens peer "
-         "divergence mutants defects exercises classroom roofline bench_cases bench oracle step dep expert_parallel parallel activations footprint planner "
-         "shards scaling train_small").split()  # fmt: skip
+         "generate k25 data evaluate report adapter sandbox interpreter rewards objective op ops_rope ops_attention ops_int4 ops_experts "
+         "ops_training ops_media ops_vision ops_text ops_rl tinygrad_twins patterns conformance taps golden_cases golden_models goldens peer "
+         "divergence mutants defects exercises classroom roofline bench_cases bench oracle activations step dep expert_parallel parallel "
+         "footprint planner shards scaling dep_bench scale_bench engine rollout tasks environment grm gateway traces rl "
+         "rl_experiments train_small").split()  # fmt: skip
 LONGEST = 700  # lines; beyond that, one concept of the module becomes a module of its own
 
 each_module = pytest.mark.parametrize("name", MODULES)
@@ -55,7 +56,7 @@ def test_imports_go_only_downward(name):
 @each_module
 def test_only_declared_dependencies_are_imported(name):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    optional = project["optional-dependencies"]["storage"]  # imported where needed, see storage.py
+    optional = project["optional-dependencies"]["storage"] + project["optional-dependencies"]["serve"]  # imported where needed
     declared = {re.match(r"[\w-]+", dependency).group().lower() for dependency in [*project["dependencies"], *optional]}
     allowed = declared - {"pillow"} | {"PIL"} | set(sys.stdlib_module_names) | set(MODULES)
     strangers = [f"{name}.py:{line}: {other}" for other, line in imported(TREES[name]) if other not in allowed]
