@@ -114,7 +114,8 @@ def simulate(tables, forward, backward, transfer=0.0):
     """Run the tables: each rank in its order, each piece as soon as what it needs has arrived.
 
     F of a stage needs F of the stage before; B needs its own F and B of the stage after. tables: as schedule_tables;
-    forward, backward: seconds per stage; transfer: seconds from rank to rank. Returns a list of Span.
+    forward, backward: seconds per stage, or of each stage a list over its microbatches; transfer: seconds from rank to
+    rank. Returns a list of Span.
     """
     owner = {work.stage: rank for rank, order in tables.items() for work in order}
     last, done, spans = max(owner), {}, []
@@ -134,7 +135,8 @@ def simulate(tables, forward, backward, transfer=0.0):
         for rank, order in tables.items():
             while at[rank] < len(order) and (start := ready(rank, order[at[rank]])) is not None:
                 work = order[at[rank]]
-                clock[rank] = done[work] = start + (forward if work.kind == "F" else backward)[work.stage]
+                seconds = (forward if work.kind == "F" else backward)[work.stage]
+                clock[rank] = done[work] = start + (seconds[work.microbatch] if isinstance(seconds, list) else seconds)
                 spans.append(Span(rank, work, start, clock[rank]))
                 at[rank] += 1
         if len(done) == before:
