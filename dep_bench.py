@@ -46,6 +46,7 @@ from tqdm import tqdm
 import dep
 from checkpoint import write_file
 from data import encode_example, pack_rows
+from dep_report import ENCODERS, KINDS, disagreement, markdown, plot_efficiency, plot_imbalance, plot_memory
 from example import Example
 from footprint import measure_peak
 from k25 import K25, K25Config
@@ -55,7 +56,6 @@ from planner import unit_flops, vision_flops
 from schedule import schedule_tables, simulate
 from tokenizer import Tokenizer
 
-ENCODERS, KINDS = ("dep", "stage0"), ("text", "multimodal")
 BLOCK = 28  # pixels: one embedding of a picture
 FRAME, CAPTION = 8, 8  # tokens around a picture, and of the words that follow it
 
@@ -88,7 +88,7 @@ class Bench:
     pp: tuple = (2, 4)  # pipeline ranks of each layout; dp = ranks / pp
     device: str = "cpu"
     seed: int = 0
-    repeats: int = 7  # timed steps of each side, each on another batch
+    repeats: int = 9  # timed steps of each side, each on another batch
     memory_steps: int = 8  # further steps whose peak memory is measured
     global_microbatches: int = 8  # of one step, dealt out to the replicas
     rows: int = 3  # of a microbatch
@@ -111,7 +111,8 @@ class Bench:
             if pp < 1 or self.ranks % pp or self.global_microbatches % (self.ranks // pp):
                 raise BenchError(f"--pp {pp} does not divide --ranks {self.ranks} into replicas of {self.global_microbatches} microbatches")
             dp = self.ranks // pp
-            both = {encoder: Layout(pp, dp=dp, microbatches=self.global_microbatches // dp, zero1=True, encoder=encoder) for encoder in ENCODERS}
+            both = {encoder: Layout(pp, dp=dp, microbatches=self.global_microbatches // dp, zero1=True, encoder=encoder)
+                    for encoder in ENCODERS}  # fmt: skip
             both["dep"].check(config.num_hidden_layers, config.n_routed_experts, self.ranks)
             found.append(both)
         return found
@@ -515,213 +516,11 @@ def drawn(bench, batches):
             "patches_per_item": [min(patches), statistics.median(patches), max(patches)]}  # fmt: skip
 
 
-def disagreement(layouts):
-    """Largest relative difference of the encoders' losses on the warm-up batch: they compute the same."""
-    worst = 0.0
-    for layout in layouts:
-        losses = {(s["encoder"], s["kind"]): s["loss"] for s in layout["samples"] if s["batch"] < 0}
-        worst = max([worst] + [abs(losses["dep", kind] - losses["stage0", kind]) / abs(losses["dep", kind]) for kind in KINDS])
-    return worst
-
-
-def quantile(values, share):
-    """The value below which that share of the values lies, without interpolation."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
-
-
-def _seconds(figure):
-    return "{:.3f} ({:.3f} … {:.3f})".format(*figure)
-
-
-def _percent(figure):
-    return "{:.1%} ({:.1%} … {:.1%})".format(*figure)
-
-
-def markdown(result):
-    """The report as text: every number of it is in the JSON, or follows from it."""
-    s, about, model, got = result["settings"], result["about"], result["model"], result["drawn"]
-    spread, cuda = s["spread"], result["settings"]["device"] == "cuda"
-    clocks = {"core": "one core per rank", "wall": f"wall clock, {result['workers']['wall']} {'devices' if cuda else 'cores'}"}
-    lines = [
-        "# DEP beside an encoder on the first stage", "", f"    {result['command']}", "",
-        f"{about['device']}, {about['cores']} cores, load {about['load']:.1f}, torch {about['torch']}, Python {about['python']}, seed {s['seed']}. "
-        f"{s['ranks']} processes, {s['dtype']}, ZeRO-1. Medians over {s['repeats']} batches with quartiles in brackets; the sides of a batch run in turn.", "",
-        f"Model: preset toy with {s['layers']} layers, 8 experts and a tower of 2 layers, width 80: {model['parameters']:,} parameters. A step has "
-        f"{s['global_microbatches']} microbatches of {s['rows']} × {s['length']} tokens, without padding, with pictures or without.", "",
-        f"Pictures: {spread['text_only']:.0%} of the rows have none; the others n = 1 … {spread['most']} with probability ∝ n^−{spread['power']:g}, as far as they fit; "
-        f"embeddings of a picture log-normal (median {spread['median']:g}, σ {spread['sigma']:g}), at most {spread['largest']}; height / width log-normal (σ {spread['aspect']:g}). "
-        f"Drawn were: {got['vision_tokens']:.1%} of the tokens are pictures, up to {got['microbatch_most']:.0%} of a microbatch; {got['rows_text_only']:.0%} of the rows are text only; "
-        "{:g}, {:g} and {:g} pictures in a step (least, median, most), of {:g}, {:g} and {:g} patches.".format(*got["items_per_step"], *got["patches_per_item"]), "",
-        f"The encoder's forward pass is {model['share']:.1%} of the backbone's operations; K2.5's, with 10 % vision tokens and pictures of 1,024 patches, {model['share_k25']:.1%}. "
-        f"Of what one of the pipeline's ranks does on average that is {', '.join(format(model['share'] * pp, '.0%') + f' (pp {pp})' for pp in s['pp'])} and {model['share_k25'] * 16:.0%} (pp 16).", "",
-        "## Step time and efficiency", "",
-        "(a) raw = text-only / multimodal. (b) discounted = text-only / (multimodal − E / workers), E: processor seconds of the encoder's own forward, recompute (DEP) and backward "
-        "passes, all ranks together: the share of a perfectly even encoder is taken off. (c) by operations = text-only · (1 + encoder's operations / backbone's) / multimodal: "
-        "as (b), but the encoder would have to be as fast as the backbone.", "",
-        "One core per rank: put together from the ranks' own processor time, the schedule's tables and the slowest rank of each phase around the pipeline; messages cost what copying them costs." if not cuda
-        else "One core per rank: put together from each device's time for every pass and phase, with synchronisation.",
-        "Wall clock: true, but where there are fewer cores than ranks it hides the waiting that a slow stage causes." if not cuda else "Wall clock: true.", "",
-    ]  # fmt: skip
-    lines += ["| layout | counted by | encoder | text-only, s | multimodal, s | E, s | (a) raw | (b) discounted | (c) by operations |", "|---|---|---|---|---|---|---|---|---|"]
-    for layout in result["layouts"]:
-        for clock, words in clocks.items():
-            for encoder in ENCODERS:
-                f = layout["figures"][encoder]
-                lines.append(f"| pp {layout['pp']} · dp {layout['dp']} | {words} | {encoder} | {_seconds(f[clock]['text'])} | {_seconds(f[clock]['multimodal'])} | {f['encoder'][0]:.3f} | "
-                             f"{_percent(f[clock]['raw'])} | {_percent(f[clock]['discounted'])} | {_percent(f[clock]['by_flops'])} |")  # fmt: skip
-    clock = "wall" if cuda else "core"
-    worst = min(layout["figures"]["dep"][clock]["discounted"][0] for layout in result["layouts"])
-    lines += ["", f"To show: DEP at 90 % or more by (b), {clocks[clock]}. Found: {worst:.1%} in the worse layout{'' if worst >= 0.9 else ' — missed'}.",
-              f"Both encoders computed the same losses (largest relative difference on the first batch {disagreement(result['layouts']):.0e}).", "",
-              "![Step time and efficiency](efficiency.png)", ""]  # fmt: skip
-    lines += ["## Peak memory of the first stage", "",
-              "Bytes allocated beyond what stands when the step begins, MB (10⁶): the most at any time, on the fullest rank of the first stage; "
-              f"by {'the CUDA allocator' if cuda else 'the profiler, which sees every allocation'}; {s['memory_steps']} further batches.", "",
-              "| layout | text-only | DEP, least … most | stage0, least … most | stage0's most / DEP's |", "|---|---|---|---|---|"]  # fmt: skip
-    for layout in result["layouts"]:
-        text, dep_peaks, stage0 = ([peak / 1e6 for _, peak in peaks(layout, encoder, kind)] for encoder, kind in CURVES)
-        if dep_peaks:
-            lines.append(f"| pp {layout['pp']} · dp {layout['dp']} | {max(text):.1f} | {min(dep_peaks):.1f} … {max(dep_peaks):.1f} | {min(stage0):.1f} … {max(stage0):.1f} | {max(stage0) / max(dep_peaks):.2f} |")
-    lines += ["", "![Peak memory of the first stage by step](memory.png)", "", "## Imbalance", "",
-              f"Largest / mean patches per rank, {s['ranks']} ranks. By step, median and worst of {len(next(iter(result['layouts']))['imbalance'])}:", "",
-              "| layout | items per rank | DEP | contiguous | stage0 |", "|---|---|---|---|---|"]  # fmt: skip
-    for layout in result["layouts"]:
-        steps = list(layout["imbalance"].values())
-        many = [step["items"] / s["ranks"] for step in steps]
-        lines.append(f"| pp {layout['pp']} · dp {layout['dp']} | {min(many):.1f} … {max(many):.1f} | " + " | ".join(
-            f"{statistics.median(step[how] for step in steps):.3f}, {max(step[how] for step in steps):.3f}" for how in ("dep", "contiguous", "stage0")) + " |")  # fmt: skip
-    lines += ["", f"Of {s['draws']} random batches for each number of items per rank, without a model:", "",
-              "| items per rank | DEP: median | 99 % within | worst | contiguous: median | 99 % within | worst |", "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for number, ways in result["by_items"].items():
-        row = [f"{value:.3f}" for values in ways.values() for value in (quantile(values, 0.5), quantile(values, 0.99), max(values))]
-        lines.append(f"| {number} | {' | '.join(row)} |")
-    worst = max(max(ways["dep"]) for number, ways in result["by_items"].items() if int(number) >= 16)
-    lines += ["", f"To show: at most 1.05 from 16 items per rank on. Found: {worst:.3f} at worst{'' if worst <= 1.05 else ' — missed'}.", "",
-              "![Imbalance by items per rank](imbalance.png)", ""]  # fmt: skip
-    return "\n".join(lines)
-
-
-CURVES = (("dep", "text"), ("dep", "multimodal"), ("stage0", "multimodal"))
-
-
-def peaks(layout, encoder, kind):
-    """[(step, bytes)]: the peak of the first stage's fullest rank at each memory step."""
-    return [(step["batch"], max(step["ranks"][: layout["dp"]])) for step in layout["memory"] if (step["encoder"], step["kind"]) == (encoder, kind)]
-
-
-# ----------------------------------------------------------------------------------------------- plots
-
-BLUE, ORANGE, GREY = "#3366aa", "#dd7722", "#999999"
-COLOURS = {"dep": BLUE, "stage0": ORANGE, "contiguous": GREY}
-NAMES = {"dep": "DEP", "stage0": "stage0", "contiguous": "contiguous"}
-
-
-def _save(figure, path):
-    from matplotlib import pyplot
-
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
-    os.replace(temporary, path)
-    pyplot.close(figure)
-
-
-def plot_efficiency(result, path):
-    """Step times of both kinds of batches above, efficiency both ways below; a column per layout."""
-    from matplotlib import pyplot
-
-    layouts = result["layouts"]
-    figure, panels = pyplot.subplots(2, len(layouts), figsize=(5 * len(layouts), 7), squeeze=False, layout="constrained")
-    ways = {"raw": "(a) raw", "discounted": "(b) discounted", "by_flops": "(c) by operations"}
-    for (above, below), layout in zip(panels.T, layouts):
-        for at, encoder in enumerate(ENCODERS):
-            times = layout["figures"][encoder]["core"]
-            for shift, kind in ((-0.2, "text"), (0.2, "multimodal")):
-                median, low, high = times[kind]
-                above.bar(at + shift, median, 0.36, yerr=[[median - low], [high - median]], capsize=4,
-                          color=COLOURS[encoder], alpha=0.45 if kind == "text" else 1)  # fmt: skip
-                above.text(at + shift, high, f"{kind.replace('text', 'text-only')}\n{median:.2f} s", ha="center", va="bottom", fontsize=8)
-            for place, way in enumerate(ways):
-                for clock, marker in (("core", "o"), ("wall", "x")):
-                    median, low, high = (100 * value for value in layout["figures"][encoder][clock][way])
-                    x = place + (at - 0.5) * 0.4 + (0.08 if clock == "wall" else 0)
-                    below.errorbar(x, median, [[median - low], [high - median]], fmt=marker, color=COLOURS[encoder], capsize=3,
-                                   alpha=1 if clock == "core" else 0.4,
-                                   label=f"{NAMES[encoder]}, {'one core per rank' if clock == 'core' else 'wall clock'}" if not place else None)  # fmt: skip
-                    if clock == "core":
-                        below.annotate(f"{median:.0f}", (x, median), (-6, 0), textcoords="offset points", ha="right", va="center", fontsize=8)
-        above.set_title(f"pp {layout['pp']} · dp {layout['dp']}")
-        above.set_xticks(range(len(ENCODERS)), [NAMES[encoder] for encoder in ENCODERS])
-        above.set_ylabel("seconds of a step, one core per rank")
-        above.margins(y=0.2)
-        below.axhline(90, color="black", linewidth=0.8, linestyle="--")
-        below.axhline(100, color="black", linewidth=0.8)
-        below.set_xticks(range(len(ways)), ways.values())
-        below.set_xlim(-0.5, len(ways) - 0.5)
-        below.set_ylabel("% of text-only efficiency")
-        below.grid(axis="y", alpha=0.3)
-    panels[1, 0].legend(fontsize=8)
-    _save(figure, path)
-
-
-def plot_memory(result, path):
-    """The first stage's peak at each step, a panel per layout."""
-    from matplotlib import pyplot
-
-    layouts = result["layouts"]
-    figure, panels = pyplot.subplots(1, len(layouts), figsize=(5 * len(layouts), 4), squeeze=False, layout="constrained")
-    for panel, layout in zip(panels[0], layouts):
-        for encoder, kind in CURVES:
-            curve = [(step, peak / 1e6) for step, peak in peaks(layout, encoder, kind)]
-            if kind == "text":
-                for _, peak in curve:
-                    panel.axhline(peak, color="black", linestyle="--", linewidth=1, label="text only")
-            else:
-                panel.plot(*zip(*curve), "o-", color=COLOURS[encoder], label=f"{NAMES[encoder]}, multimodal")
-        panel.set_title(f"pp {layout['pp']} · dp {layout['dp']}")
-        panel.set_xlabel("step")
-        panel.set_ylim(bottom=0)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-    panels[0, 0].set_ylabel("peak of the first stage in a step, MB")
-    panels[0, 0].legend(loc="lower right")
-    _save(figure, path)
-
-
-def plot_imbalance(result, path):
-    """Imbalance by items per rank: median, and the band that holds all but the outermost hundredths."""
-    from matplotlib import pyplot
-
-    figure, panel = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    ranks, numbers = result["settings"]["ranks"], [int(number) for number in result["by_items"]]
-    for how in ("contiguous", "dep"):
-        values = [ways[how] for ways in result["by_items"].values()]
-        panel.plot(numbers, [quantile(v, 0.5) for v in values], "o-", color=COLOURS[how], label=f"{NAMES[how]}: median, 1 … 99 %")
-        panel.fill_between(numbers, [quantile(v, 0.01) for v in values], [quantile(v, 0.99) for v in values], color=COLOURS[how], alpha=0.2)
-    steps = [(step["items"] / ranks, step["dep"]) for step in result["layouts"][0]["imbalance"].values() if step["items"]]
-    panel.plot(*zip(*steps), "x", color="black", label="DEP, the steps of this run")
-    panel.axhline(ranks, color=ORANGE, linestyle=":", label=f"stage0, pp {ranks} · dp 1: one rank does all")
-    panel.axhline(1.05, color="black", linewidth=1, linestyle="--", label="1.05")
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(numbers, map(str, numbers))
-    panel.set_yscale("log")
-    ticks = [1, 1.05, 1.2, 1.5, 2, 3, 4]
-    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    panel.minorticks_off()
-    panel.set_xlabel("items per rank")
-    panel.set_ylabel("largest / mean patches per rank")
-    panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-    _save(figure, path)
-
-
 # ----------------------------------------------------------------------------------------- command line
 
 
 def write(result, folder):
     """report.md, dep_bench.json and the plots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     write_file(folder / "dep_bench.json", json.dumps(result, indent=1) + "\n")
     plot_efficiency(result, folder / "efficiency.png")
     plot_memory(result, folder / "memory.png")
