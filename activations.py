@@ -60,6 +60,11 @@ class Memory:
         if self.recompute == "block" and self.fp8:
             raise ActivationError("fp8 with recompute block: only the inputs of blocks are stored then, and those are sensitive")
 
+    @staticmethod
+    def of(settings):
+        """The Memory that a run's settings ask for. settings: anything with recompute, fp8 and offload."""
+        return Memory(settings.recompute, settings.fp8, settings.offload)
+
 
 # ------------------------------------------------------------------------------------------------ FP8
 
@@ -308,7 +313,9 @@ def _selective(block, saved):
               if any(part in name for part in REDONE)}  # fmt: skip
 
     # Where grouped products run, rows are weighed before the down projection; only expert parallel weighs them after it.
-    unread = isinstance(block.mlp, MoE) and type(block.mlp.experts) is Experts
+    # Where experts are as wide as the stream, no shape tells their products apart, and all are run again.
+    unread = (isinstance(block.mlp, MoE) and type(block.mlp.experts) is Experts
+              and block.mlp.experts.gate_proj.shape != block.mlp.experts.down_proj.shape)  # fmt: skip
 
     def contexts():
         kept = deque()
@@ -353,16 +360,14 @@ def saving(memory, model, count=False):
 
     memory: Memory; model: any module that holds decoder blocks — K25, or a pipeline stage; count: also count the bytes
     where nothing is to be changed. Yields Saved, whose `bytes` are filled by fp8, offload or count.
-    Raises ActivationError where the model's own config or compilation is in the way.
+    Raises ActivationError where the model's compilation is in the way.
     """
-    saved = Saved(memory, [*model.parameters(), *model.buffers()])
     if memory == Memory() and not count:
-        yield saved
+        yield Saved(memory, ())
         return
+    saved = Saved(memory, [*model.parameters(), *model.buffers()])
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
-        if block.self_attn.config.recompute and (memory.fp8 or memory.recompute != "none"):
-            raise ActivationError("config.recompute computes whole blocks again: fp8 and another recompute find nothing to store")
         if block._compiled_call_impl is not None:
             raise ActivationError("a compiled block decides itself what it stores: choose compile, or recompute, fp8 and offload")
     with contextlib.ExitStack() as stack:

@@ -46,7 +46,7 @@ _FIXED_TEXT = {"hidden_act": "silu", "topk_method": "noaux_tc", "scoring_func": 
                "moe_layer_freq": 1, "seq_aux": True, "num_nextn_predict_layers": 0, "attention_bias": False,
                "tie_word_embeddings": False}  # fmt: skip
 _TOP_KEYS = ("media_placeholder_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-_RUNTIME = ("impl", "qat", "recompute")  # how it runs, not what it is: never in config.json
+_RUNTIME = ("impl", "qat")  # how it runs, not what it is: never in config.json
 
 
 class ConfigError(ValueError):
@@ -89,7 +89,6 @@ class K25Config:
     media: MediaConfig = field(default_factory=MediaConfig)  # preprocessor_config.json: media_proc_cfg
     impl: str = "fused"  # "fused" | "reference": which twins run
     qat: bool = False  # fake-quantise the routed experts to int4 in training
-    recompute: bool = False  # recompute each block in the backward pass instead of storing it
 
     def __post_init__(self):
         if self.impl not in ("fused", "reference"):
@@ -311,10 +310,7 @@ class K25(nn.Module):
                            torch.promote_types(x.dtype, torch.float32))  # fmt: skip
         largest, routers = [], []
         for block in decoder.layers:
-            if config.recompute and torch.is_grad_enabled():
-                x, top, router = checkpoint(block, x, table, mask, valid, cache, want_max, use_reentrant=False)
-            else:
-                x, top, router = block(x, table, mask, valid, cache, want_max)
+            x, top, router = block(x, table, mask, valid, cache, want_max)
             largest.append(top)
             routers += [router] if router else []
         balance = torch.stack([r.balance_loss for r in routers]).mean() if routers else x.new_zeros(())
@@ -405,7 +401,7 @@ def load(directory, dtype=None, device="cpu", **runtime):
     """Read what `save` wrote, or the release itself, shard by shard: memory stays near one copy of the weights.
 
     dtype: of the weights (default: as stored; int4 experts then become the attention's dtype); the router bias
-    stays float32. runtime: impl, qat, recompute. Raises CheckpointError naming the tensor and the file.
+    stays float32. runtime: impl, qat. Raises CheckpointError naming the tensor and the file.
     """
     directory = pathlib.Path(directory)
     config = K25Config.from_json(directory / "config.json")

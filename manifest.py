@@ -141,20 +141,21 @@ def _fetch_ahead(rows):
                 path.store.ahead([path.url])
 
 
-def open_manifest(path, skip_bad=False, check: Callable[[Example], object] | None = None, store=None):
+def open_manifest(path, skip_bad=False, check: Callable[[Example], object] | None = None, store=Store):
     """Open the user's data, trying every row once.
 
     path: str or Path — a `.jsonl` manifest or a folder, local or a URL; skip_bad: bool — drop bad rows (they stay
     listed in `bad`) instead of raising; check: called with each Example, raises ValueError to refuse it (as
     data.check_length does for a picture longer than a training row), from several threads when data are far away;
-    store: storage.Store — reads the URLs; None: one with default settings, made when there is a URL.
+    store: storage.Store that reads the URLs, or what makes one when there is a URL.
     Returns ManifestSource: a row is held out when the hash of its text and pixels says so (one in ten, equal
     rows together); with fewer than ten good rows all are training rows.
     Raises DataError listing the bad rows by line or file (the first ten and the count), or when none is left; and,
     whatever skip_bad says, when an object store does not answer: which rows there are must not depend on that.
     """
+    store = functools.cache(store if callable(store) else lambda given=store: given)
     try:
-        path = (store or _default_store()).path(path) if is_url(path) else Path(path)
+        path = store().path(path) if is_url(path) else Path(path)
         name = path.stem if isinstance(path, RemotePath) else path.resolve().stem
         if not path.exists():
             raise DataError(f"{path}: no such file or folder; give a .jsonl manifest or a folder")
@@ -183,17 +184,13 @@ def open_manifest(path, skip_bad=False, check: Callable[[Example], object] | Non
     )
 
 
-@functools.cache
-def _default_store():
-    return Store()
-
-
 def _tries(path, name, check, store):
     """For every entry (Row, hash of its content), or ("where: reason", None) for a bad one, in order."""
     content = b"" if path.is_dir() else path.read_bytes()
     entries = _folder_entries(path) if path.is_dir() else _json_entries(content, path.parent, store)
     tried = functools.partial(_try_row, name=name, check=check)
     if isinstance(path, RemotePath) or QUOTED_URL.search(content):  # far away: waiting for one row, ask for the next
+        store()  # here, so that the threads do not make one each
         return in_threads(tried, entries)
     return [tried(entry) for entry in entries]
 
@@ -242,7 +239,7 @@ def _json_entries(content, base, store):
 
 def _located(base, name, store):
     """Where a name of a row is: a URL of its own, or relative to the manifest's folder."""
-    return (store or _default_store()).path(name) if is_url(name) else base / name
+    return store().path(name) if is_url(name) else base / name
 
 
 def _json_row(where, line, base, store):

@@ -30,11 +30,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
-from torch.utils.checkpoint import checkpoint
 
 import dep
+from activations import Memory, saving
 from expert_parallel import ExpertParallel
-from k25 import K25, cross_entropy_fused, cross_entropy_reference
+from k25 import cross_entropy_fused, cross_entropy_reference
 from mla import rope_table, visibility
 from moe import MLP, balance_bias_, load_cv
 from optim import MuonClip, qk_clip_
@@ -48,15 +48,15 @@ class ParallelError(ValueError):
 # ----------------------------------------------------------------------------------------- processes
 
 
-def join_processes(patience=600):
+def join_processes():
     """Join the processes that torchrun started, over gloo on the CPU and NCCL on CUDA. Returns `ranks()`.
 
-    patience: seconds that one operation may take before it counts as hung. Without torchrun nothing is done.
+    Without torchrun nothing is done.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-        dist.init_process_group(timeout=datetime.timedelta(seconds=patience))
+        dist.init_process_group()
     return ranks()
 
 
@@ -180,16 +180,19 @@ class Place:
 
     Ranks count the pipeline first: rank = pp_rank · dp + dp_rank, so that ranks which share experts are neighbours.
     Groups: `world` of all; `pp` along the pipeline; `dp` over its replicas; `ep` over the ranks that share experts;
-    `copies` over those that hold the same experts. layout: Layout; device: of this process.
+    `copies` over those that hold the same experts. layout: Layout; device: of this process;
+    patience: seconds that an operation of a group may take before it counts as hung.
     """
 
-    def __init__(self, layout, device="cpu"):
+    def __init__(self, layout, device="cpu", patience=600):
         self.layout, self.world = layout, dist.group.WORLD
         self.device = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
         plane = init_device_mesh(self.device.type, (layout.pp, layout.dp), mesh_dim_names=("pp", "dp"))
         cube = init_device_mesh(self.device.type, (layout.pp, layout.dp // layout.ep, layout.ep), mesh_dim_names=("pp", "copies", "ep"))
         self.pp, self.dp = plane.get_group("pp"), plane.get_group("dp")
         self.copies, self.ep = cube.get_group("copies"), cube.get_group("ep")
+        for group in {self.world, self.pp, self.dp, self.copies, self.ep}:  # a mesh gives its groups torch's default, half an hour
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=patience), group)
         self.rank, self.pp_rank, self.dp_rank, self.ep_rank = map(dist.get_rank, (self.world, self.pp, self.dp, self.ep))
 
     def group_of(self, name):
@@ -262,13 +265,13 @@ class StageModule(nn.Module):
     """Some consecutive units of the model. Media and targets are ragged and a pipeline's arguments are not, so the
     stage looks its microbatch up by number in `feeds`.
 
-    model: K25 after keep_units; units: list; feeds: list of Feed, filled anew for each step; autocast: bool;
+    model: K25 after keep_units; units: list; feeds: list of Feed, filled anew for each step; autocast: bool; memory: Memory;
     encodes: bool — the stage that embeds also runs the vision tower (--encoder stage0).
     """
 
-    def __init__(self, model, units, feeds, autocast, encodes):
+    def __init__(self, model, units, feeds, autocast, memory, encodes):
         super().__init__()
-        self.units, self.feeds, self.autocast, self.encodes = units, feeds, autocast, encodes
+        self.units, self.feeds, self.autocast, self.memory, self.encodes = units, feeds, autocast, memory, encodes
         self.blocks = nn.ModuleDict({str(unit): model.language_model.model.layers[str(unit)] for unit in units if isinstance(unit, int)})
         self.whole = [model]  # in a list: its other parameters are not this stage's
 
@@ -276,7 +279,7 @@ class StageModule(nn.Module):
         """x: (B,T,C) float of the stage before, ignored by the first; index: (1,) int64 — the microbatch's number.
         Returns (B,T,C), or on the last stage (1,): what this microbatch adds to the global loss."""
         feed = self.feeds[int(index)]
-        with torch.autocast(feed.batch.ids.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(feed.batch.ids.device.type, torch.bfloat16, enabled=self.autocast), saving(self.memory, self.whole[0]):
             if "embed" in self.units:
                 x = self._embed(feed)
             x = self._layers(x, feed)
@@ -296,8 +299,7 @@ class StageModule(nn.Module):
         table = rope_table(batch.positions, config.qk_rope_head_dim, config.rope_theta, config.yarn,
                            torch.promote_types(x.dtype, torch.float32))  # fmt: skip
         for name, block in self.blocks.items():
-            arguments = (x, table, mask, valid, None, True)
-            x, largest, router = checkpoint(block, *arguments, use_reentrant=False) if config.recompute else block(*arguments)
+            x, largest, router = block(x, table, mask, valid, None, True)
             layer = int(name)
             feed.largest[layer] = largest.detach()
             if router:
@@ -349,7 +351,8 @@ class Trainer:
         self.feeds, self.autocast = [], t.dtype == "bfloat16"
         parts = place.parts(self.config.num_hidden_layers)
         encodes = self.layout.encoder == "stage0"
-        self.modules = {stage: StageModule(model, units, self.feeds, self.autocast, encodes) for stage, units in parts.items()}
+        memory = Memory.of(t)
+        self.modules = {stage: StageModule(model, units, self.feeds, self.autocast, memory, encodes) for stage, units in parts.items()}
         self.weight = next(model.language_model.parameters())  # for its dtype and device
         self.shape, self.schedule = None, None
         named = list(model.named_parameters())
@@ -506,46 +509,7 @@ class Trainer:
             names = {name for group in o.param_groups for name in group["param_names"]}
             o.load_state_tensors({key: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] in names})
 
-    def own_model(self, tensors):
-        """Of a whole model's state dict, this process's part."""
-        return self.place.cut(tensors, self.model.state_dict())
-
     def own_state(self, tensors):
         """Of a whole optimizer's state_tensors, this process's part."""
         names = {name for o in map(_local, self.optimizers) for group in o.param_groups for name in group["param_names"]}
         return self.place.cut(tensors, [key for key in tensors if key.rpartition(".")[0] in names])
-
-    def gather(self, tensors):
-        """Tensors of all processes, experts put together again, on rank 0; elsewhere an empty dict. On the CPU.
-
-        tensors: {name: tensor} — this process's, such as state_dict(), gradients or state_tensors().
-        """
-        mine = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()]
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        found = {}  # (name, ep rank or 0) → (rank that sends it, shape, dtype)
-        for rank, listed in enumerate(everyone):
-            for name, shape, dtype in listed:
-                part = rank % self.layout.ep if ".mlp.experts." in name and shape else 0
-                found.setdefault((name, part), (rank, shape, dtype))
-        whole = {}
-        for (name, _), (rank, shape, dtype) in sorted(found.items()):
-            if self.place.rank == rank == 0:
-                whole.setdefault(name, []).append(tensors[name].detach().cpu())
-            elif self.place.rank == rank:
-                dist.send(tensors[name].detach().contiguous().to(self.place.device), 0)
-            elif self.place.rank == 0:
-                tensor = torch.empty(shape, dtype=dtype, device=self.place.device)
-                dist.recv(tensor, rank)
-                whole.setdefault(name, []).append(tensor.cpu())
-        return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in whole.items()}
-
-    def whole_model(self):
-        """The model put together again, on rank 0's CPU; None elsewhere."""
-        state = self.gather(self.model.state_dict())
-        if self.place.rank:
-            return None
-        with torch.device("meta"):
-            model = K25(self.config)
-        model.load_state_dict(state, assign=True)
-        return model

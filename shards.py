@@ -16,7 +16,7 @@ to it, and remove the checkpoint before; whoever is killed when, latest.json poi
 When a process dies or hangs, the others' collectives fail, at once or after their patience; Watch then finds out who it
 was, so that all end with one line.
 
-Public names: RankLost, Watch, Checkpoints, export.
+Public names: RankLost, out_of_memory, Watch, Checkpoints, export.
 Letters: none.     Tests: pytest tests/test_shards.py
 """
 
@@ -33,6 +33,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from types import SimpleNamespace
 
@@ -55,14 +56,27 @@ class RankLost(RuntimeError):
     """A process has died or hangs, so that nothing more can be done together; the message says which, when and why."""
 
 
+def out_of_memory(error):
+    """Whether an exception says that there was no more memory; torch's CPU parts say it in a RuntimeError, each in its words."""
+    words = ("allocate memory", "bad_alloc", "could not create a memory object")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def _of_another(error):
+    """Whether an exception says that another process did not answer: it is of the collectives."""
+    words = r"gloo|NCCL|[Cc]onnection|[Tt]imed? ?out|[Bb]roken pipe|[Pp]eer"
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and re.search(words, str(error)) is not None
+
+
 # -------------------------------------------------------------------------------------------- who is lost
 
 
 class Watch:
     """Knows which process is to blame when a step fails.
 
-    Each process shows again and again, in the store of torchrun or in one that is given, that it is alive. Nobody is
-    ended for being silent: only when something has failed is it asked who is, and the first to know leaves word.
+    Each process shows again and again, in the store of torchrun or in one that is given, that it is alive and which line
+    of Python it is at. Nobody is ended for being silent: only when something has failed is it asked who is, or who has
+    not moved and has not failed either; the first to know leaves word.
     store: torch.distributed.Store that outlives the processes; silence: seconds without a sign that mean dead or stuck.
     """
 
@@ -84,9 +98,12 @@ class Watch:
             sys.exit(128 + signal.SIGTERM)
 
     def _beat(self):
+        main = threading.main_thread().ident
         for count in itertools.count():
+            frame = sys._current_frames()[main]
+            place = f"{pathlib.Path(frame.f_code.co_filename).name}:{frame.f_lineno} ({frame.f_code.co_name})"
             with contextlib.suppress(RuntimeError):  # without the store there is nobody to show it to
-                self.store.set(f"beat/{self.rank}", str(count))
+                self.store.set(f"beat/{self.rank}", json.dumps([count, place]))
             if self.over.wait(self.silence / 8):
                 return
 
@@ -108,7 +125,7 @@ class Watch:
         except CheckpointError:
             raise
         except Exception as error:
-            if self.world == 1:
+            if self.world == 1 and not out_of_memory(error):
                 raise
             raise RankLost(f"{what}: {self._verdict(error)}") from error
         finally:
@@ -116,10 +133,14 @@ class Watch:
 
     def _verdict(self, error):
         """Who failed, and of what: whom another process has found out, else who is silent, else this one."""
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        while error.__cause__:  # torch's pipeline wraps what it meets
+            error = error.__cause__
+        full = out_of_memory(error)
         verdict = f"rank {self.rank}: {'out of memory: ' if full else ''}{_one_line(error)}"
+        if self.world == 1:
+            return verdict
         try:
-            if not full:
+            if not full and _of_another(error):
                 verdict = self._found_out() or verdict
             self.store.set(f"word/{self.rank}", verdict)
         except RuntimeError:
@@ -127,13 +148,19 @@ class Watch:
         return verdict
 
     def _found_out(self):
+        self.store.set(f"failed/{self.rank}", "")
         before, began = self._read("beat"), time.monotonic()
         while time.monotonic() < began + self.silence:
             if words := self._read("word"):
                 return next(iter(words.values()))
             time.sleep(self.silence / 20)
-        silent = [str(rank) for rank, count in self._read("beat").items() if before.get(rank) == count]
-        return silent and f"rank {', '.join(silent)}: no sign of life: killed, or stuck"
+        after, failed = self._read("beat"), self._read("failed")
+        silent = [str(rank) for rank, beat in after.items() if before.get(rank) == beat]
+        if silent:
+            return f"rank {', '.join(silent)}: no sign of life: killed, or stopped"
+        places = {rank: (json.loads(before[rank])[1], json.loads(beat)[1]) for rank, beat in after.items() if rank in before}
+        still = [f"rank {rank}: stuck at {place}" for rank, (place, now) in places.items() if place == now and rank not in failed]
+        return "; ".join(still)
 
     def _read(self, kind):
         others = {rank: f"{kind}/{rank}" for rank in range(self.world) if rank != self.rank}
@@ -142,11 +169,11 @@ class Watch:
     def leave(self, message, code=1):
         """End this process without waiting for any other; the first to leave says why."""
         try:
-            first = self.store.add("left", 1) == 1
+            first = self.world == 1 or self.store.add("left", 1) == 1
         except RuntimeError:
             first = True
         if first:
-            print(message, file=sys.stderr, flush=True)
+            print(f"\n{message}", file=sys.stderr, flush=True)  # on a line of its own, below anybody's progress bar
         os._exit(code)  # destructors would wait for the lost
 
 
@@ -272,7 +299,13 @@ class Checkpoints:
 
 def _one_line(error):
     line = (str(error).splitlines() or [""])[0].partition(". This is typically")[0]  # gloo goes on with advice
-    return re.sub(r"^\[\S*\.cc:\d+\] ", "", line) or type(error).__name__
+    return re.sub(r"^\[\S*\.cc:\d+\] ", "", line) or f"{type(error).__name__} at {_innermost(error)}"
+
+
+def _innermost(error):
+    """File, line and function in which an exception was raised."""
+    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+    return f"{pathlib.Path(frame.f_code.co_filename).name}:{line} ({frame.f_code.co_name})"
 
 
 def _empty_directory(path):

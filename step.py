@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from activations import Memory, saving
 from k25 import cross_entropy_fused, cross_entropy_reference
 from moe import balance_bias_, load_cv
 from optim import qk_clip_
@@ -72,12 +73,12 @@ def train_step(model, optimizer, batches, t):
     clip the gradient, MuonClip, QK-Clip once, and the router biases once, from the summed integer counts.
     batches: list of Batch; t: TrainConfig. Returns StepResult.
     """
-    wanted = max(sum(int(batch.loss_mask.sum()) for batch in batches), 1)
+    wanted, memory = max(sum(int(batch.loss_mask.sum()) for batch in batches), 1), Memory.of(t)
     sums = torch.zeros(2, 2, dtype=torch.float64)  # (text | vision, loss | tokens)
     counts, largest, balance = None, None, 0.0
     sequences = [int((batch.segment_ids >= 0).any(dim=1).sum()) for batch in batches]  # what the balance loss averages over
     for batch, rows in zip(batches, sequences):
-        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=t.dtype == "bfloat16"):
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=t.dtype == "bfloat16"), saving(memory, model):
             per_token, stats, merged = losses(model, batch)
         share = rows / max(sum(sequences), 1)
         loss = per_token.sum() / wanted + model.config.aux_loss_alpha * share * stats.balance_loss

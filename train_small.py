@@ -36,14 +36,17 @@ from tqdm import tqdm
 
 import evaluate
 import report
-from checkpoint import CheckpointError, load_tensors, replace_directory, save_tensors, write_file
+from activations import ActivationError, Memory
+from checkpoint import CheckpointError, write_file
 from data import Blend, DataError, check_length, open_manifest
-from k25 import K25, ConfigError, K25Config, load, save
+from k25 import K25, ConfigError, K25Config, load
 from mla import Yarn, rope_frequencies
 from optim import MuonClip, OptimError, lr_at
 from parallel import Layout, ParallelError, Place, Trainer, join_processes, keep_units, on_first, ranks, stop
+from shards import Checkpoints, RankLost, Watch, export
 from sources import SOURCES, Source
 from step import train_step
+from storage import Store, StoreSettings
 from texts import pairs_in_filler
 from tokenizer import Tokenizer, TokenizerError
 from vit3d import ContrastiveHead, MediaError, VisionConfig
@@ -71,6 +74,9 @@ class TrainConfig:
     dtype: str = "bfloat16"  # float32 | bfloat16 (autocast over float32 weights) | float64
     threads: int = 1  # of torch on the CPU; the data are drawn beside it, and a second one stalls when anything else runs
     compile: bool = False  # torch.compile each decoder block
+    recompute: str = "none"  # none | selective | block: what is computed again in the backward pass instead of stored
+    fp8: bool = False  # store the inputs of experts' and MLPs' linear layers as FP8-E4M3
+    offload: bool = False  # what is stored for the backward pass waits in the CPU's memory
     accumulation: int = 1  # microbatches per optimizer step, of all processes together
     pp: int = 1  # pipeline ranks; this and the next seven are for torchrun, see parallel.Layout
     virtual_stages: int = 1  # pipeline stages per rank, interleaved
@@ -80,6 +86,7 @@ class TrainConfig:
     zero1: bool = False  # split the optimizer state over the replicas
     encoder: str = "dep"  # dep | stage0: the vision tower runs evenly on all ranks, or on the first stage
     overlap: bool = False  # experts work on one half of the tokens while the other half travels
+    patience: int = 600  # seconds that processes wait for each other before one of them counts as stuck
     rows: int = 8  # B: packed rows per microbatch
     length: int = 256  # T: tokens per row in all stages but the last
     long_length: int = 1024  # T of the long-context stage
@@ -106,10 +113,14 @@ class TrainConfig:
     data: str = ""  # your own data: a manifest.jsonl or a folder, mixed in beside the built-in sources
     data_weight: float = 1.0  # its weight among the sources
     skip_bad: bool = False  # drop bad rows of --data instead of stopping
+    cache: str = StoreSettings.cache  # folder in which objects of --data s3://… are kept, shared by the processes of a machine
+    cache_memory: int = StoreSettings.memory_bytes  # bytes of them in the memory of each process
+    cache_disk: int = StoreSettings.disk_bytes  # bytes of them in that folder
+    requests_per_second: float = StoreSettings.requests_per_second  # to the object store, of all processes that share the folder
     tokenizer: str = ""  # a released tiktoken.model; default: bytes
 
     def __post_init__(self):
-        for name in ("threads", "accumulation", "rows", "length", "checkpoint_every", "questions"):
+        for name in ("threads", "accumulation", "patience", "rows", "length", "checkpoint_every", "questions"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1")
         steps = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name.endswith("_steps")}
@@ -130,6 +141,8 @@ class TrainConfig:
             raise ConfigError(f"--dtype {self.dtype}: choose float32, bfloat16 or float64")
         if not isinstance(getattr(torch, self.ns_dtype, None), torch.dtype):
             raise ConfigError(f"ns_dtype is {self.ns_dtype!r}: choose bfloat16 or float32")
+        if Memory.of(self) != Memory() and self.compile:
+            raise ConfigError("compile decides itself what is stored: choose it, or recompute, fp8 and offload")
 
 
 @dataclass(frozen=True)
@@ -214,11 +227,12 @@ def with_layout(t, config, world):
 
 
 # What a run may be resumed with otherwise than it was begun.
-FREE = ("run", "device", "checkpoint_every", *(f.name for f in dataclasses.fields(Layout)))
+FREE = ("run", "device", "checkpoint_every", "recompute", "offload", "patience", "cache", "cache_memory", "cache_disk",
+        "requests_per_second", *(f.name for f in dataclasses.fields(Layout)))  # fmt: skip
 
 
 class Run:
-    """The directory of a run: resolved config, metrics, log, checkpoints. Everything in it is written atomically."""
+    """The directory of a run: resolved config, metrics, log, and where its last checkpoint is. Written atomically."""
 
     def __init__(self, path, t, config, resume):
         self.path, self.t = pathlib.Path(path), t
@@ -260,20 +274,10 @@ class Run:
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def save(self, model, optimizer, blend, stage, step, global_step):
-        """Write a whole checkpoint beside the last one, point to it, then drop the last one. model, optimizer: {name: tensor}."""
-        name = f"checkpoint-{global_step:06d}"
-        unfinished = self.path / f".{name}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        save_tensors(model, unfinished / "model.safetensors")
-        save_tensors(optimizer, unfinished / "optimizer.safetensors")
-        replace_directory(unfinished, self.path / name)
-        self.state = {"checkpoint": name, "stage": stage, "step": step, "global_step": global_step, "data": blend.state()}
-        write_file(self.path / "latest.json", json.dumps(self.state, indent=2) + "\n")
-        for old in self.path.glob("checkpoint-*"):
-            if old.name != name:
-                shutil.rmtree(old, ignore_errors=True)
+    def save(self, checkpoints, model, optimizer, blend, stage, step, global_step):
+        """Write a checkpoint, together with all other processes, and point to it; the one before is dropped."""
+        checkpoints.save(model, optimizer, {"stage": stage, "step": step, "global_step": global_step, "data": blend.state()})
+        self.state = checkpoints.latest()
 
     def last_checkpoint(self):
         """Path of the last good checkpoint, in words."""
@@ -319,19 +323,19 @@ def next_model(stage, previous, t, device, place=None):
     return model
 
 
-def blend_of(stage, t, tokenizer, config, own):
+def blend_of(stage, t, tokenizer, own):
     """The stage's endless data. own: ManifestSource or None."""
     sources = list(stage.sources) + ([(own, t.data_weight)] if own else [])
     talks = any("language_model.".startswith(prefix) for prefix in stage.trains)  # a frozen LM cannot learn the template
-    return Blend(sources, stage.ratio, t.seed, stage.rows, stage.length, tokenizer, config.media, stage=stage.name,
+    return Blend(sources, stage.ratio, t.seed, stage.rows, stage.length, tokenizer, stage.model.media, stage=stage.name,
                  prefetch=2, chat=t.chat if talks else 0.0)  # fmt: skip
 
 
-def run_stage(run, number, stage, model, optimizer, blend, device, first, done, bar):
+def run_stage(run, checkpoints, watch, number, stage, model, optimizer, blend, device, first, done, bar):
     """Take the steps first … stage.steps − 1 of one stage, logging each and writing checkpoints.
 
-    optimizer: MuonClip, or with many processes a Trainer; number: the stage's place in the plan; done: optimizer steps
-    of the whole run before these; bar: tqdm. Rank 0 writes and speaks for all.
+    checkpoints: Checkpoints; watch: Watch; optimizer: MuonClip, or with many processes a Trainer; number: the stage's place
+    in the plan; done: optimizer steps of the whole run before these; bar: tqdm. Rank 0 logs and speaks for all.
     Raises TrainingError when the loss is no longer finite, naming the step, the batch and the last good checkpoint.
     """
     t, (rank, world) = run.t, ranks()
@@ -342,11 +346,12 @@ def run_stage(run, number, stage, model, optimizer, blend, device, first, done, 
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         index, global_step = blend.state()["index"], done + step - first + 1
-        batches = [next(blend) for _ in range(t.accumulation)]
-        if alone:
-            result = train_step(model, optimizer, [batch.to(device, PRECISION[t.dtype]) for batch in batches], t)
-        else:
-            result = optimizer.step(batches)
+        with watch.during(f"stage {stage.name}, step {step} (global step {global_step})"):
+            batches = [next(blend) for _ in range(t.accumulation)]
+            if alone:
+                result = train_step(model, optimizer, [batch.to(device, PRECISION[t.dtype]) for batch in batches], t)
+            else:
+                result = optimizer.step(batches)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise TrainingError(f"loss is {result.loss} and gradient norm {result.grad_norm} in stage {stage.name} at step "
                                 f"{step} (global step {global_step}), in the batch that begins with example {index}; "
@@ -354,10 +359,8 @@ def run_stage(run, number, stage, model, optimizer, blend, device, first, done, 
         if rank == 0:
             report_step(run, stage, step, global_step, t.lr * stage.rate * factor, result, time.perf_counter() - began, bar)
         if (step + 1) % t.checkpoint_every == 0 or step + 1 == stage.steps:
-            tensors = [model.state_dict(), optimizer.state_tensors()]
-            tensors = tensors if alone else [optimizer.gather(each) for each in tensors]
-            if rank == 0:
-                run.save(*tensors, blend, number, step + 1, global_step)
+            with watch.during(f"saving after stage {stage.name}, step {step} (global step {global_step})"):
+                run.save(checkpoints, model, optimizer, blend, number, step + 1, global_step)
 
 
 def report_step(run, stage, step, global_step, lr, result, seconds, bar):
@@ -376,27 +379,58 @@ def train(t, config, resume=False):
     """Run (or go on with) all stages. t: TrainConfig; config: K25Config. Returns the Run and the final model.
 
     Raises TrainingError as `run_stage`, and the ValueErrors of everything it builds. On many processes (torchrun) every
-    one of them runs this, and rank 0 alone gets the model.
+    one of them runs this and gets its part of the model; when one of them is lost, the others end here with exit code 1.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to repeat its bits
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_num_threads(t.threads)
     device, (rank, world) = device_of(t), ranks()
+    if resume:
+        t = same_batches(t)
     t, layout = with_layout(t, config, world)
-    place = Place(layout, device) if world > 1 else None
+    place = Place(layout, device, t.patience) if world > 1 else None
     stages = [stage for stage in plan(t, config) if stage.steps]
     tokenizer = Tokenizer(config.vocab_size, t.tokenizer or None)
     if tokenizer.media_pad != config.media_placeholder_token_id:
         raise ConfigError(f"media_placeholder_token_id is {config.media_placeholder_token_id}, but <|media_pad|> of a vocabulary "
                           f"of {config.vocab_size} is {tokenizer.media_pad}")  # fmt: skip
-    shortest = min(stage.length for stage in stages)
-    own = open_manifest(t.data, t.skip_bad, lambda e: check_length(e, shortest, tokenizer, config.media)) if t.data else None
+    own = own_data(t, min(stage.length for stage in stages), tokenizer, config) if t.data else None
     run = on_first(lambda: Run(t.run, t, config, resume))
     if rank == 0:
         print(f"{run.path}: preset {t.preset}, seed {t.seed}, {device}, {t.dtype}; "
               f"{', '.join(f'{name} {version}' for name, version in versions().items())}; everything set: {run.path / 'config.json'}")  # fmt: skip
-    at, first, checkpoint = (run.state["stage"], run.state["step"], run.path / run.state["checkpoint"]) if run.state else (0, 0, None)
-    done = sum(stage.steps for stage in stages[:at]) + first
+    checkpoints, watch = Checkpoints(run.path, t.patience), Watch()
+    try:
+        model = run_stages(run, checkpoints, watch, stages, place, tokenizer, own, device)
+    except RankLost as error:
+        cause = 2 if isinstance(error.__cause__, ValueError) else 1
+        watch.leave(f"train_small.py: {error}; last good checkpoint: {run.last_checkpoint()}; --resume goes on", cause)
+    finally:
+        watch.close()
+    return run, model
+
+
+def same_batches(t):
+    """The settings of a run that goes on, with as many microbatches per step as it was begun with unless they are given."""
+    path = pathlib.Path(t.run) / "config.json"
+    if t.accumulation > 1 or t.microbatches or not path.exists():
+        return t
+    return dataclasses.replace(t, accumulation=json.loads(path.read_text())["train"]["accumulation"])
+
+
+def own_data(t, shortest, tokenizer, config):
+    """The user's manifest or folder, on this machine or far away. shortest: tokens that every document must fit into."""
+    settings = StoreSettings(cache=t.cache, memory_bytes=t.cache_memory, disk_bytes=t.cache_disk,
+                             requests_per_second=t.requests_per_second, seed=ranks()[0])  # fmt: skip
+    fits = functools.partial(check_length, length=shortest, tokenizer=tokenizer, media_config=config.media)
+    return open_manifest(t.data, t.skip_bad, fits, lambda: Store(settings))
+
+
+def run_stages(run, checkpoints, watch, stages, place, tokenizer, own, device):
+    """All stages from the last checkpoint on. own: ManifestSource or None; the rest as `run_stage`. Returns the last model."""
+    t, rank = run.t, ranks()[0]
+    at, first = (run.state["stage"], run.state["step"]) if run.state else (0, 0)
+    done, checkpoint = sum(stage.steps for stage in stages[:at]) + first, run.state and run.state["checkpoint"]
     model = None
     with tqdm(total=sum(stage.steps for stage in stages), initial=done, unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
         for number, stage in list(enumerate(stages))[at:]:
@@ -405,21 +439,18 @@ def train(t, config, resume=False):
                 MuonClip.from_named, lr=t.lr * stage.rate, adamw_lr=t.adamw_lr * stage.adamw_rate,
                 weight_decay=t.weight_decay, ns_dtype=getattr(torch, t.ns_dtype))  # fmt: skip
             optimizer = Trainer(model, muon_clip, t, place) if place else muon_clip(model.named_parameters())
-            blend = blend_of(stage, t, tokenizer, config, own)
+            blend = blend_of(stage, t, tokenizer, own)
             if checkpoint:
-                tensors = [load_tensors(checkpoint / f"{part}.safetensors") for part in ("model", "optimizer")]
-                tensors = tensors if not place else [optimizer.own_model(tensors[0]), optimizer.own_state(tensors[1])]
-                model.load_state_dict(tensors[0])
-                optimizer.load_state_tensors(tensors[1])
+                with watch.during(f"loading {checkpoint}"):
+                    checkpoints.load(checkpoint, model, optimizer)
                 blend.load_state(run.state["data"])
-            run_stage(run, number, stage, model, optimizer, blend, device, first, done, bar)
+            run_stage(run, checkpoints, watch, number, stage, model, optimizer, blend, device, first, done, bar)
             done, first, checkpoint = done + stage.steps - first, 0, None
             if hasattr(model, "contrastive_head"):
                 del model.contrastive_head  # it served this stage only
-            whole = optimizer.whole_model() if place else model
-            if rank == 0:
-                save(whole, run.path / "models" / stage.name)
-    return run, whole
+            with watch.during(f"writing models/{stage.name}"):
+                on_first(lambda: export(run.path / run.state["checkpoint"], stage.model, run.path / "models" / stage.name))  # noqa: B023
+    return model
 
 
 # ------------------------------------------------------------------------------------------ afterwards
@@ -522,11 +553,11 @@ def main(arguments=None):
         run, model = train(t, config, resume)
         if rank:
             sys.exit(0)  # rank 0 measures
-        save(model, run.path / "model", int4=config.qat)
+        export(run.path / run.state["checkpoint"], model.config, run.path / "model", int4=config.qat)
         ending, scores = measure(run, t, config)
     except TrainingError as error:
         stop(1, f"train_small.py: {error}")
-    except (ConfigError, CheckpointError, DataError, MediaError, OptimError, ParallelError, TokenizerError) as error:
+    except (ActivationError, ConfigError, CheckpointError, DataError, MediaError, OptimError, ParallelError, TokenizerError) as error:
         stop(2, f"train_small.py: {error}")
     except KeyboardInterrupt:
         if ranks()[0] == 0:

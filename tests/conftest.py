@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 from PIL import Image
 
@@ -50,6 +51,23 @@ def assert_close(actual, expected, tolerance=None, what=""):
         f"{what}: max-abs {gap.max():.3e}, relative {gap.max() / scale:.3e} > {bound:.1e}; "
         f"worst at {index}: got {a[index].item()!r}, expected {b[index].item()!r}"
     )
+
+
+def gather(trainer, tensors):
+    """Tensors of all processes, experts put together again, on rank 0; elsewhere an empty dict.
+
+    trainer: parallel.Trainer; tensors: {name: tensor} — this process's, such as its state_dict() or gradients.
+    """
+    place, ep = trainer.place, trainer.layout.ep
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: tensor.detach() for name, tensor in tensors.items()})
+    if place.rank:
+        return {}
+    parts = {}  # name → {ep rank or 0: tensor}
+    for rank, theirs in enumerate(everyone):
+        for name, tensor in theirs.items():
+            parts.setdefault(name, {}).setdefault(rank % ep if ".mlp.experts." in name and tensor.ndim else 0, tensor)
+    return {name: torch.cat([each[part] for part in sorted(each)]) if len(each) > 1 else each[0] for name, each in parts.items()}
 
 
 def assert_right_ones_pass(op, examples=10):

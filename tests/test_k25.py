@@ -136,10 +136,10 @@ def test_from_json_undoes_to_json(name):
 
 
 def test_from_json_undoes_to_json_of_any_sizes_but_runtime_settings():
-    config = tiny(impl="reference", qat=False, recompute=True)
+    config = tiny(impl="reference", qat=True)
     written = config.to_json()
-    assert K25Config.from_json(json.loads(json.dumps(written))) == dataclasses.replace(config, impl="fused", recompute=False)
-    assert not {"impl", "qat", "recompute"} & (written.keys() | written["text_config"].keys())
+    assert K25Config.from_json(json.loads(json.dumps(written))) == dataclasses.replace(config, impl="fused", qat=False)
+    assert not {"impl", "qat"} & (written.keys() | written["text_config"].keys())
 
 
 def test_preset_small_is_the_published_table():
@@ -294,35 +294,19 @@ def outcome(model, ids, segments, patches, grids, direction):
 
 @settings(max_examples=6)
 @given(st.integers(0, 2**31), st.sampled_from([(1, 9), (2, 12)]), st.booleans())
-def test_bug14_twins_and_recompute_agree_in_logits_counts_and_all_gradients(seed, shape, packed):
+def test_twins_agree_in_logits_counts_and_all_gradients(seed, shape, packed):
     ids, (patches, grids) = prompt(seed, *shape), media(seed)
     segments = torch.tensor([0] * 4 + [1] * 3 + [-1] * (shape[1] - 7)).expand(shape) if packed else None
     direction = torch.randn(*shape, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     expected = outcome(built(seed, impl="reference"), ids, segments, patches, grids, direction)
-    for impl, recompute in (("fused", False), ("reference", True), ("fused", True)):
-        model = built(seed, impl=impl, recompute=recompute)
-        logits, stats, grads = outcome(model, ids, segments, patches, grids, direction)
-        assert_close(logits, expected[0], 1e-11, f"logits, {impl}, recompute {recompute}")
-        assert [c.tolist() for c in stats.counts] == [c.tolist() for c in expected[1].counts]
-        assert sum(stats.counts[0].tolist()) == 2 * (7 * shape[0] if packed else ids.numel())
-        assert_close(stats.balance_loss, expected[1].balance_loss, 1e-12)
-        assert_close(stats.max_logits, expected[1].max_logits, 1e-11)
-        for name, grad in grads.items():
-            assert_close(grad, expected[2][name], 1e-9, f"gradient of {name}, {impl}, recompute {recompute}")
-
-
-def test_recompute_runs_each_block_again_in_the_backward_pass_only():
-    for recompute, runs in ((False, 3), (True, 6)):
-        model, calls = built(recompute=recompute), []
-        for block in model.language_model.model.layers:
-            block.register_forward_pre_hook(lambda *_: calls.append(1))
-        logits = model(prompt(places=0))
-        assert len(calls) == 3
-        logits.sum().backward()
-        assert len(calls) == runs
-        with torch.no_grad():
-            model(prompt(places=0))
-        assert len(calls) == runs + 3
+    logits, stats, grads = outcome(built(seed, impl="fused"), ids, segments, patches, grids, direction)
+    assert_close(logits, expected[0], 1e-11, "logits")
+    assert [c.tolist() for c in stats.counts] == [c.tolist() for c in expected[1].counts]
+    assert sum(stats.counts[0].tolist()) == 2 * (7 * shape[0] if packed else ids.numel())
+    assert_close(stats.balance_loss, expected[1].balance_loss, 1e-12)
+    assert_close(stats.max_logits, expected[1].max_logits, 1e-11)
+    for name, grad in grads.items():
+        assert_close(grad, expected[2][name], 1e-9, f"gradient of {name}")
 
 
 @IMPLS

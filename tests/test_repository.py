@@ -20,9 +20,9 @@ DOCS = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items()}
 # Each module may import only what stands before it.
 ORDER = ("moe media pictures optim tokenizer template vit3d example texts scenes sources storage manifest mla checkpoint "
          "generate k25 data evaluate report adapter sandbox interpreter rewards objective op ops_rope ops_attention ops_int4 ops_experts "
-         "ops_training ops_media ops_vision ops_text ops_rl tinygrad_twins patterns conformance taps golden_cases golden_models goldens peer "
+         "ops_training ops_media ops_vision ops_text ops_rl ops_toggle ops_rewards tinygrad_twins patterns conformance taps golden_cases golden_models goldens peer "
          "divergence mutants defects exercises classroom roofline bench_cases bench oracle activations step dep expert_parallel parallel "
-         "footprint planner shards scaling dep_bench scale_bench engine rollout tasks environment grm gateway traces rl "
+         "schedule footprint trials planner shards scaling dep_report dep_bench scale_bench engine rollout tasks environment grm gateway traces rl "
          "rl_experiments train_small").split()  # fmt: skip
 LONGEST = 700  # lines; beyond that, one concept of the module becomes a module of its own
 

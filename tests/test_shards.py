@@ -29,7 +29,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 import k25
 import shards
 from checkpoint import CheckpointError, load_tensors, save_tensors
-from conftest import assert_close
+from conftest import assert_close, gather
 from data import encode_example, pack_rows
 from example import Example
 from k25 import K25, K25Config
@@ -137,7 +137,7 @@ def two(rank, folder, _):
         if name == "experts":
             Checkpoints(folder / "chain").save(trainer.model, trainer, state_of(4))
         losses[name].append(trainer.step(batches_of(4)).loss)
-        tensors = trainer.gather(trainer.model.state_dict()) | trainer.gather(trainer.state_tensors())
+        tensors = gather(trainer, trainer.model.state_dict()) | gather(trainer, trainer.state_tensors())
         if rank == 0:
             save_tensors(tensors, folder / f"{name}.safetensors")
     return losses

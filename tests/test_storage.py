@@ -745,9 +745,7 @@ def test_a_killed_run_with_a_cold_cache_resumes_with_a_warm_one_on_the_same_batc
 def at_home(tmp_path, monkeypatch):
     """Default settings, with a home of its own and the server found as s3fs finds any: by the environment."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    manifest._default_store.cache_clear()
-    yield tmp_path
-    manifest._default_store.cache_clear()
+    return tmp_path
 
 
 @pytest.mark.parametrize("missing", ["fsspec", "s3fs"])
