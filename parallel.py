@@ -11,13 +11,18 @@ sum: each loss is divided by the global number of tokens before its backward pas
 Schedules, meshes, collectives and ZeRO are torch.distributed's. Hand-written is what K2.5 needs beside them: experts on
 other ranks (expert_parallel.py), losses and counters of the routers inside a pipeline, and DEP (dep.py).
 
+Run: torchrun --nproc-per-node 4 -- train_small.py --pp 2 --virtual-stages 2 --ep 2        (the training itself)
+     python parallel.py plan --preset k2.5 --gpus 1024 --pp 16 --virtual-stages 2 --ep 16 --gpu h800    (planner.py)
+     python parallel.py dep-bench        (dep_bench.py)        python parallel.py scale-bench        (scale_bench.py)
+
 Public names: ParallelError, join_processes, ranks, on_first, stop, Layout, split_units, Place, keep_units, Feed, StageModule,
-zero1, Trainer.
+zero1, Trainer, main.
 Letters: B rows, T tokens, C hidden, H heads, E experts, M merged media tokens.
 Tests: pytest tests/test_parallel.py
 """
 
 import datetime
+import importlib
 import math
 import os
 import signal
@@ -513,3 +518,22 @@ class Trainer:
         """Of a whole optimizer's state_tensors, this process's part."""
         names = {name for o in map(_local, self.optimizers) for group in o.param_groups for name in group["param_names"]}
         return self.place.cut(tensors, [key for key in tensors if key.rpartition(".")[0] in names])
+
+
+# ----------------------------------------------------------------------------------------- command line
+
+COMMANDS = {"plan": "planner", "dep-bench": "dep_bench", "scale-bench": "scale_bench"}  # each a module above this one
+
+
+def main(arguments=None):
+    """`python parallel.py COMMAND …` hands the rest to the command's own module. Returns its exit code, 2 on misuse."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if command not in COMMANDS:
+        print(f"parallel.py: no command {command!r}: choose one of {', '.join(COMMANDS)}; training itself is torchrun … train_small.py",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    return importlib.import_module(COMMANDS[command]).main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

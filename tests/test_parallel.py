@@ -50,7 +50,7 @@ TOKENIZER = Tokenizer()
 SETTINGS = TrainConfig(dtype="float64", clip_norm=0.7, qk_clip=0.2, lr=0.02, adamw_lr=0.01)
 STEPS, ROWS, LENGTH = 3, 2, 48
 EVERYTHING = ("",)
-PATIENCE = 120  # seconds after which a hang is a failure
+PATIENCE = 300  # seconds after which a hang is a failure
 
 # Blocks of 28 pixels (rows, columns) of the pictures in each of the four microbatches; on 4 ranks W ± 1 items and less.
 PICTURES = {"none": ((), (), (), ()), "one": ((), ((2, 3),), (), ()), "three": (((1, 2), (3, 1)), (), (), ((2, 2),)),

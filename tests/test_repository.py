@@ -19,10 +19,10 @@ DOCS = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items()}
 
 # Each module may import only what stands before it.
 ORDER = ("moe media pictures optim tokenizer template vit3d example texts scenes sources storage manifest mla checkpoint "
-         "generate k25 data evaluate report adapter sandbox interpreter rewards objective op ops_rope ops_attention ops_int4 ops_experts "
+         "generate k25 data evaluate report adapter sandbox zygote interpreter rewards objective op ops_rope ops_attention ops_int4 ops_experts "
          "ops_training ops_media ops_vision ops_text ops_rl ops_toggle ops_rewards tinygrad_twins patterns conformance taps golden_cases golden_models goldens peer "
          "divergence mutants defects exercises classroom roofline bench_cases bench oracle activations step dep expert_parallel parallel "
-         "schedule footprint trials planner shards scaling dep_report dep_bench scale_bench engine rollout tasks environment grm gateway traces rl "
+         "schedule footprint trials planner shards dep_report dep_bench scale_bench engine rollout tasks environment grm gateway traces rl "
          "rl_experiments train_small").split()  # fmt: skip
 LONGEST = 700  # lines; beyond that, one concept of the module becomes a module of its own
 
@@ -225,7 +225,7 @@ def test_every_flag_of_the_readmes_commands_is_accepted(capsys):
             call = ("train_small",)
             flags = given[1]
         elif re.search(r"python[\d.]*$", program) and words and words[0].endswith(".py"):
-            call = (words[0].removesuffix(".py"), *words[1:2]) if words[0] in ("k25.py", "oracle.py") else (words[0][:-3],)
+            call = (words[0].removesuffix(".py"), *words[1:2]) if words[0] in ("k25.py", "oracle.py", "parallel.py") else (words[0][:-3],)
             flags = line
         else:
             continue
