@@ -14,13 +14,15 @@ native code does, and the child runs as the same user. For hostile code put the 
 virtual machine. As root, and on macOS, some limits do not bind: `Sandbox.notes` says which.
 
 Messages go over a socket pair of their own, never over stdout: a JSON header and raw safetensors bytes, both with a
-length limit. Nothing is ever unpickled.
+length limit. Nothing is ever unpickled. `interpreter.py` builds on the lower half of this module.
 
-Public names: Limits, Reply, Function, Sandbox, SandboxError.
+Public names: Limits, Reply, Function, Sandbox, SandboxError, framed, receive, send, environment, library_path, libraries,
+readable, kill_group, kill_marked, Refused, audit_hook, occupied, set_limits, explain.
 Tests: pytest tests/test_sandbox.py
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import linecache
@@ -139,6 +141,11 @@ def _to_bytes(value, limit):
         from safetensors.torch import save
 
         body = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+    return framed(header, body)
+
+
+def framed(header, body=b""):
+    """The bytes of one message: lengths, JSON header, anything."""
     return _LENGTHS.pack(len(header), len(body)) + header + body
 
 
@@ -177,7 +184,7 @@ class Sandbox:
         self.limits = limits
         self.notes = []  # limits that do not bind on this machine, in words; filled when the child starts
         self._settings = {
-            "path": _library_path(hidden),
+            "path": library_path(hidden),
             "preload": list(preload),
             "trusted": dict(trusted or {}),
             "hidden": [os.path.realpath(folder) for folder in hidden],
@@ -220,9 +227,9 @@ class Sandbox:
         """Kill the child and all its children and remove its folder. Returns its exit status; None if none ran."""
         if self._process is None:
             return None
-        _kill_group(self._process.pid)
+        kill_group(self._process.pid)
         status = self._process.wait()
-        _kill_marked(self._mark)
+        kill_marked(self._mark)
         self._drain()
         self._socket.close()
         self._process.stdout.close()
@@ -249,7 +256,7 @@ class Sandbox:
         with theirs:
             command = [sys.executable, "-I", "-B", "-u", os.path.abspath(__file__), str(theirs.fileno())]
             self._process = subprocess.Popen(
-                command, cwd=self._home, env=_environment(self._home, self._mark), stdin=subprocess.DEVNULL,
+                command, cwd=self._home, env=environment(self._home, self._mark), stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0, pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )  # fmt: skip
@@ -341,7 +348,7 @@ class Sandbox:
         return True
 
 
-def _environment(home, mark):
+def environment(home, mark):
     """The child's whole environment: nothing of ours but where shared libraries are."""
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH") if name in os.environ}
     name, _, value = mark.partition("=")
@@ -352,31 +359,37 @@ def _environment(home, mark):
     }  # fmt: skip
 
 
-def _library_path(hidden):
-    """sys.path without the hidden folders and without the current directory."""
-    libraries = _libraries()
+def library_path(hidden):
+    """A new child's sys.path: ours without the hidden folders and without the current directory."""
     path = [os.path.realpath(entry) for entry in sys.path if entry]
-    return [p for p in path if _within(p, libraries) or not _within(p, [os.path.realpath(h) for h in hidden])]
+    return [p for p in path if _within(p, libraries()) or not _within(p, [os.path.realpath(h) for h in hidden])]
 
 
-def _libraries():
+@functools.cache
+def libraries():
     """Folders of this Python: where reading is always allowed."""
     folders = set(sysconfig.get_paths().values()) - {sysconfig.get_path("scripts")}
     return sorted({os.path.realpath(folder) for folder in folders})
+
+
+def readable():
+    """Everything that a child may read beside its own folder."""
+    return [*_SYSTEM, *sys.path, *libraries()]
 
 
 def _within(path, folders):
     return any(pathlib.PurePath(path).is_relative_to(folder) for folder in folders)
 
 
-def _kill_group(pid):
+def kill_group(pid):
+    """Kill a process group, if there is one."""
     try:
         os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # macOS says "not permitted" for a group of zombies
         pass
 
 
-def _kill_marked(mark):
+def kill_marked(mark):
     """Kill what left the process group: on Linux every descendant still carries the mark in its environment."""
     for _ in range(50):
         found = []
@@ -417,10 +430,13 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _SYSTEM = ("/usr", "/lib", "/lib64", "/System", "/Library", os.devnull, "/dev/urandom")
 
 
-def _guard(home, hidden, banned, attempts):
-    """Install the audit hook. attempts: dict of two lists, "reference" and "refused", that it fills."""
-    verdicts = dict.fromkeys(_SYSTEM, "") | dict.fromkeys(sys.path, "") | dict.fromkeys(hidden, "reference")
-    verdicts |= dict.fromkeys(_libraries(), "") | {home: ""}
+def audit_hook(home, hidden, banned, attempts):
+    """What `sys.addaudithook` takes: raises Refused at what is not allowed.
+
+    home: the only folder that may be written; hidden, banned: as Sandbox has them; attempts: dict of two lists,
+    "reference" and "refused", that it fills.
+    """
+    verdicts = dict.fromkeys(hidden, "reference") | dict.fromkeys(readable(), "") | {home: ""}
     banned = frozenset(banned)
 
     def refuse(kind, what):
@@ -456,22 +472,36 @@ def _guard(home, hidden, banned, attempts):
         elif event.startswith(_FORBIDDEN):
             refuse("refused", event)
 
+    return hook
+
+
+def _refuse_the_unheard(attempts):
+    """Replace what starts processes or reads files without an audit event."""
+
     def refusing(what):
-        return lambda *_, **__: refuse("refused", what)
+        def refuse(*_, **__):
+            attempts["refused"].append(what)
+            raise Refused(f"{what} is refused in the sandbox")
+
+        return refuse
 
     import _posixsubprocess
 
     import safetensors.torch
     import torch
 
-    # these start processes or read files without an audit event
     _posixsubprocess.fork_exec = refusing("multiprocessing")
     torch.from_file = torch.UntypedStorage.from_file = refusing("from_file")
     safetensors.safe_open = safetensors.torch.safe_open = refusing("safe_open")
-    sys.addaudithook(hook)
 
 
-def _set_limits(limits):
+@functools.cache
+def occupied():
+    """Bytes of address space that this process had when first asked, and that children forked since began with."""
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def set_limits(limits):
     """Apply the kernel's limits to this process. Returns notes about those that do not bind."""
     import resource
 
@@ -481,8 +511,7 @@ def _set_limits(limits):
         "RLIMIT_NOFILE": limits["open_files"], "RLIMIT_CORE": 0, "RLIMIT_NPROC": 0,
     }  # fmt: skip
     try:
-        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-        bounds["RLIMIT_AS"] = pages * resource.getpagesize() + (limits["memory_mb"] << 20)
+        bounds["RLIMIT_AS"] = occupied() + (limits["memory_mb"] << 20)
     except OSError:
         notes.append("memory is not limited: only Linux can")
     if os.geteuid() == 0:
@@ -510,7 +539,7 @@ def _define(name, text, filename):
     return module
 
 
-def _explain(error, filenames):
+def explain(error, filenames):
     """status, message and line of an exception; the line is the innermost one in an untrusted file."""
     line, step = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None, error.__traceback__
     while step is not None:
@@ -526,7 +555,7 @@ def _explain(error, filenames):
     return "error", f"{type(error).__name__}: {words}" if words else type(error).__name__, line
 
 
-def _receive(descriptor):
+def receive(descriptor):
     """One message of the parent. Raises EOFError when the parent has gone."""
 
     def exactly(count):
@@ -542,7 +571,8 @@ def _receive(descriptor):
     return exactly(header), exactly(body)
 
 
-def _send(descriptor, message):
+def send(descriptor, message):
+    """Write the bytes of one message."""
     message = memoryview(message)
     while message:
         message = message[os.write(descriptor, message[: 1 << 20]) :]
@@ -562,14 +592,14 @@ def _answer(request, filenames):
             function = getattr(sys.modules[request["module"]], request["function"])
             fields["value"] = function(*request["arguments"])
     except BaseException as error:  # SystemExit and KeyboardInterrupt too: the child goes on
-        fields["status"], fields["message"], fields["line"] = _explain(error, filenames)
+        fields["status"], fields["message"], fields["line"] = explain(error, filenames)
     return fields
 
 
 def _serve(descriptor):
     """The child: prepare, then answer requests until the parent hangs up."""
     os.set_inheritable(descriptor, False)
-    settings = _from_bytes(*_receive(descriptor), {})
+    settings = _from_bytes(*receive(descriptor), {})
     limit = settings["limits"]["message_mb"] << 20
     attempts, filenames = {"reference": [], "refused": []}, set()
     ready = {"status": "ok", "value": None, "message": "", "line": None, "reference": [], "refused": []}
@@ -583,14 +613,15 @@ def _serve(descriptor):
             _define(name, text, f"<{name}>")
         linecache.getlines(__file__)
         linecache.cache[__file__] = linecache.cache[__file__][0], None, *linecache.cache[__file__][2:]
-        ready["value"] = _set_limits(settings["limits"])
+        ready["value"] = set_limits(settings["limits"])
     except BaseException as error:
-        ready["status"], ready["message"], _ = _explain(error, filenames)
-    _guard(settings["home"], settings["hidden"], settings["banned"], attempts)
-    _send(descriptor, _to_bytes(ready, limit))
+        ready["status"], ready["message"], _ = explain(error, filenames)
+    _refuse_the_unheard(attempts)
+    sys.addaudithook(audit_hook(settings["home"], settings["hidden"], settings["banned"], attempts))
+    send(descriptor, _to_bytes(ready, limit))
     while True:
         try:
-            request = _receive(descriptor)
+            request = receive(descriptor)
         except EOFError:  # the parent was killed and could not clear up
             shutil.rmtree(settings["home"], ignore_errors=True)
             os._exit(0)
@@ -602,7 +633,7 @@ def _serve(descriptor):
             message = _to_bytes(fields, limit)
         except Exception as error:  # a value that JSON or safetensors cannot hold
             message = _to_bytes(fields | {"value": None, "status": "error", "message": str(error)[:300]}, limit)
-        _send(descriptor, message)
+        send(descriptor, message)
 
 
 if __name__ == "__main__":
