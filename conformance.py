@@ -28,15 +28,19 @@ import ops_attention
 import ops_experts
 import ops_int4
 import ops_media
+import ops_rewards
+import ops_rl
 import ops_rope
 import ops_text
+import ops_toggle
 import ops_training
 import ops_vision
 from adapter import Outcome, once, run
 from op import Difference, Op, cast, compare, describe
 from patterns import pattern, shape_pattern
 
-_MODULES = (ops_attention, ops_rope, ops_experts, ops_int4, ops_training, ops_media, ops_vision, ops_text)
+_MODULES = (ops_attention, ops_rope, ops_experts, ops_int4, ops_training, ops_media, ops_vision, ops_text, ops_rl, ops_toggle,
+            ops_rewards)  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for module in _MODULES for op in module.OPS}
 
 MOST_EXAMPLES = 25
@@ -190,8 +194,9 @@ def _floats(value):
 
 
 def _natural_size(argument, outputs, cotangents):
-    """What a gradient measures by its units: largest cotangent times output, over the argument."""
-    largest = lambda tensor: tensor.abs().max().item() if tensor.numel() else 0.0  # noqa: E731
+    """What a gradient measures by its units: largest cotangent times output, over the argument; NaN marks what is missing."""
+    known = lambda tensor: tensor.nan_to_num(0.0, torch.inf, -torch.inf).abs()  # noqa: E731
+    largest = lambda tensor: known(tensor).max().item() if tensor.numel() else 0.0  # noqa: E731
     return max((largest(c) * largest(outputs[n]) for n, c in cotangents.items()), default=0.0) / (largest(argument) or 1.0)
 
 

@@ -190,6 +190,36 @@ EXERCISES = (
          "Parse without greedy patterns: each call ends at its own end marker; an answer in instant mode is content "
          "and not reasoning; a malformed call is counted and does not stop the rest."),
     ),
+    Exercise(
+        "rewards", "Rewards that can be checked", ("count_score", "ocr_score", "box_f1", "point_f1", "polygon_iou"), 75,
+        "Turn what a model wrote about a picture into a number between 0 and 1 that cannot be talked up.",
+        "Whatever a reward overlooks is what reinforcement learning will find.",
+        ("Ask of each reward: what answer gets a high score without being right?",
+         "Both ends of a box belong to it; nothing predicted where nothing is scores 1; the edit distance is divided by the "
+         "longer text.",
+         "scipy.optimize.linear_sum_assignment finds the pairs with the largest sum (maximize=True); set the rows of copies "
+         "beyond those in the truth to 0 before. A cell of a polygon: an edge through its middle, or an odd number of "
+         "crossings to its right."),
+    ),
+    Exercise(
+        "objective", "The policy objective", ("token_logprobs", "group_advantages", "mismatch_weights", "policy_objective"), 90,
+        "Write the loss of K2.5's reinforcement learning so that its gradient, not only its value, is right.",
+        "Of the mistakes collected here nearly all train, only worse: no error is raised and the reward goes up for a while.",
+        ("Work one batch by hand: two responses of unequal length to one prompt. What is N?",
+         "Logits at position t are about token t + 1, and the temperature divides them; invalid responses enter neither mean "
+         "nor sums; what is no generated token may be NaN, and NaN times 0 is NaN.",
+         "torch.where(inside, clamp(log ρ).exp(), clamp(log ρ).exp().detach()) has the value of the clipped ratio and the "
+         "gradient of the mask; inside asks both log-ratios. The squared term stands outside of all that, without ½."),
+    ),
+    Exercise(
+        "toggle", "Toggle, and what to learn from", ("toggle_budgets", "toggle_rewards", "rft_select"), 40,
+        "Save tokens where the answers are already right, and leave hard prompts the room they need.",
+        "A rigid budget teaches short answers, and the model cannot use more compute later.",
+        ("Which responses lose their reward? Only long ones, only of prompts that are solved well, only in every other phase.",
+         "The budget binds where the mean is λ or more: < is strict there, and ≤ includes a response of just the budget.",
+         "phase = iteration // period % 2, and the budget binds in phase 0. A prompt without a correct response has the budget "
+         "∞. For fine-tuning sort by (−reward, length, index), then skip what is full or already taken."),
+    ),
 )  # fmt: skip
 
 
