@@ -11,7 +11,7 @@ train: .venv/ready-to-train
 	.venv/bin/python train_small.py $(ARGS)
 
 test: .venv/ready-to-test
-	.venv/bin/python -m pytest --numprocesses 2 $(ARGS)
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

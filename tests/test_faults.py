@@ -6,6 +6,7 @@ memory and on the size of files.
 Run: .venv/bin/python -m pytest tests/test_faults.py
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -25,6 +26,7 @@ from test_parallel import flags, free_port, rows
 ROOT = pathlib.Path(train_small.__file__).parent
 STEPS = ("--vit-steps", "0", "--text-steps", "4", "--joint-steps", "26", "--long-steps", "0", "--accumulation", "4")
 LAYOUTS = {4: ("--pp", "2", "--virtual-stages", "2", "--ep", "2", "--zero1"), 2: ("--ep", "2", "--overlap"), 1: ()}
+pytestmark = pytest.mark.xdist_group("faults")
 PATIENCE = 240  # seconds after which a hang is a failure
 
 
@@ -51,6 +53,11 @@ class Torchrun:
                 continue
         raise AssertionError(f"rank {rank} does not run: {''.join(self.lines)}")
 
+    def kill(self, rank):
+        """End what does not end itself, as torchrun would half a minute later."""
+        with contextlib.suppress(AssertionError, ProcessLookupError):  # it has ended meanwhile
+            os.kill(self.worker(rank), signal.SIGKILL)
+
     def wait_for(self, steps):
         """Until so many steps have been logged."""
         self.until(lambda: (self.run / "metrics.jsonl").exists() and len(rows(self.run)) >= steps)
@@ -59,7 +66,10 @@ class Torchrun:
         """Until something has happened while the processes run."""
         deadline = time.monotonic() + PATIENCE
         while not seen():
-            assert self.process.poll() is None and time.monotonic() < deadline, "".join(self.lines)
+            assert time.monotonic() < deadline, "".join(self.lines)
+            if self.process.poll() is not None:
+                self.reader.join()
+                assert seen(), "".join(self.lines)
             time.sleep(0.02)
 
     def ended(self):
@@ -102,10 +112,9 @@ def test_a_run_survives_every_fault_and_ends_as_if_nothing_had_happened(tmp_path
 
     started, done = Torchrun(run, 4, "--resume", "--patience", "5"), len(rows(run))
     started.wait_for(done + 2)
-    stuck = started.worker(1)
-    os.kill(stuck, signal.SIGSTOP)
+    os.kill(started.worker(1), signal.SIGSTOP)
     started.until(lambda: any("train_small.py: " in line for line in started.lines))
-    os.kill(stuck, signal.SIGKILL)  # torchrun would, half a minute later
+    started.kill(1)
     codes, lines = started.ended()
     assert len(codes) == 4 and len(lines) == 1 and "rank 1: no sign of life: killed, or stopped" in lines[0], (codes, lines)
     assert_whole(run)
@@ -150,7 +159,10 @@ def test_a_process_that_fails_in_a_step_is_named_with_the_cause(fault, verdict, 
         "    return take(trainer, batches)\n"
         "take, parallel.Trainer.step = parallel.Trainer.step, faulty\n"
         "train_small.main()\n")  # fmt: skip
-    codes, lines = Torchrun(tmp_path / "run", 2, "--patience", "3", script=tmp_path / "faulty.py").ended()
+    started = Torchrun(tmp_path / "run", 2, "--patience", "3", script=tmp_path / "faulty.py")
+    started.until(lambda: any("train_small.py: " in line for line in started.lines))
+    started.kill(1)
+    codes, lines = started.ended()
     assert len(codes) == 2 and len(lines) == 1, (codes, lines)
     assert re.match(rf"train_small.py: stage text, step 0 \(global step 1\): {verdict}", lines[0]), lines
     assert lines[0].endswith("; last good checkpoint: none yet; --resume goes on")

@@ -50,6 +50,7 @@ TOKENIZER = Tokenizer()
 SETTINGS = TrainConfig(dtype="float64", clip_norm=0.7, qk_clip=0.2, lr=0.02, adamw_lr=0.01)
 STEPS, ROWS, LENGTH = 3, 2, 48
 EVERYTHING = ("",)
+pytestmark = pytest.mark.xdist_group("parallel")  # the processes are started once
 PATIENCE = 300  # seconds after which a hang is a failure
 
 # Blocks of 28 pixels (rows, columns) of the pictures in each of the four microbatches; on 4 ranks W ± 1 items and less.

@@ -47,6 +47,7 @@ VISION = {"vt_hidden_size": 8, "vt_num_attention_heads": 2, "vt_num_hidden_layer
 CONFIG = model_config(K25Config.preset("toy"), MODEL, VISION)
 TOKENIZER = Tokenizer()
 SETTINGS = TrainConfig(dtype="float64", clip_norm=0.7, qk_clip=0.2, lr=0.02, adamw_lr=0.01)
+pytestmark = pytest.mark.xdist_group("shards")  # the processes are started once
 PATIENCE = 300  # seconds after which a hang is a failure
 
 FOUR = Layout(pp=2, ep=2, dp=2, microbatches=2, zero1=True)
