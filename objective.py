@@ -116,11 +116,14 @@ def group_advantages(rewards, groups, valid):
     rewards: (R,) float, whatever where invalid, NaN too; groups: (R,) int64 — prompt of each response, in any order;
     valid: (R,) bool. Returns (R,), dtype of rewards; the sum over the valid responses of each prompt is 0.
     """
-    rewards = rewards.masked_fill(~valid, 0.0)
-    _, group = groups.unique(return_inverse=True)  # (R,) 0…G−1
-    sums = rewards.new_zeros(len(rewards)).index_add_(0, group, rewards)
-    counts = rewards.new_zeros(len(rewards)).index_add_(0, group, valid.to(rewards.dtype))
-    return (rewards - (sums / counts.clamp(min=1))[group]).masked_fill(~valid, 0.0)
+    return (rewards - _prompt_means(rewards, groups, valid)).masked_fill(~valid, 0.0)
+
+
+def _prompt_means(rewards, groups, valid):
+    """The mean over the valid responses of each response's prompt, 0 where there is none: (R,). Without atomic additions, so that
+    a GPU gives the same bits in every run."""
+    members = (groups[:, None] == groups) & valid  # (R,R)
+    return torch.where(members, rewards, 0.0).sum(1) / members.sum(1).clamp(min=1)
 
 
 def count_tokens(mask, owner, valid):
@@ -380,10 +383,7 @@ def toggle_rewards(rewards, lengths, groups, budgets, iteration, period, lam, va
     if toggle_phase(iteration, period) == 1:
         return rewards.clone()
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
-    known = rewards.masked_fill(~valid, 0.0)
-    sums = rewards.new_zeros(len(budgets)).index_add_(0, groups, known)
-    counts = rewards.new_zeros(len(budgets)).index_add_(0, groups, valid.to(rewards.dtype))
-    weak = (sums / counts.clamp(min=1) < lam)[groups]
+    weak = _prompt_means(rewards, groups, valid) < lam
     return torch.where(weak | (lengths <= budgets[groups]) | ~valid, rewards, 0.0)
 
 
@@ -396,8 +396,9 @@ def rft_select(responses, rewards, valid, groups, threshold, most):
     Within a prompt the higher reward comes first, then the shorter response, then the earlier one; a response of the same
     tokens as one already taken is left out.
     responses: R sequences of token ids; rewards: R floats; valid: R bools; groups: R prompts, any hashable; threshold:
-    float; most: int. Returns indices in ascending order, a list of int.
+    float; most: int. Tensors may stand for the lists. Returns indices in ascending order, a list of int.
     """
+    rewards, valid, groups = (x.tolist() if isinstance(x, torch.Tensor) else x for x in (rewards, valid, groups))
     good = [j for j in range(len(responses)) if valid[j] and rewards[j] >= threshold]
     taken = {}  # prompt → {tokens: index}
     for j in sorted(good, key=lambda j: (-rewards[j], len(responses[j]), j)):

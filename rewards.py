@@ -103,7 +103,10 @@ def _rule(read):
     def decorate(score):
         @functools.wraps(score)
         def reward(answer, truth, **settings):
-            true = read(truth)  # outside of the `try`: malformed truth is no fault of the answer
+            try:
+                true = read(truth)
+            except _MalformedError as error:
+                return invalid(f"the truth is malformed: {error}"[:200])
             try:
                 given = read(answer)
             except _MalformedError as error:
