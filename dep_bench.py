@@ -51,7 +51,7 @@ from example import Example
 from footprint import measure_peak
 from k25 import K25, K25Config
 from optim import MuonClip
-from parallel import Layout, ParallelError, Place, Trainer, keep_units
+from parallel import Layout, ParallelError, Place, Trainer, keep_units, split_units
 from planner import unit_flops, vision_flops
 from schedule import schedule_tables, simulate
 from tokenizer import Tokenizer
@@ -118,7 +118,7 @@ class Bench:
         return found
 
 
-QUICK = dict(repeats=2, memory_steps=2, rows=2, global_microbatches=4, layers=6, draws=60)
+QUICK = dict(repeats=2, memory_steps=2, rows=2, length=128, global_microbatches=4, layers=6, draws=60)
 
 
 def model_config(bench):
@@ -334,8 +334,7 @@ def work(rank, bench, folder):
         torch.cuda.set_device(rank)
     dist.init_process_group("nccl" if bench.device == "cuda" else "gloo", f"file://{folder}/store", datetime.timedelta(seconds=600),
                             bench.ranks, rank)  # fmt: skip
-    steps = len(bench.pp) * (4 * (1 + bench.repeats) + 2 * bench.memory_steps + (bench.memory_steps > 0))
-    with tqdm(total=steps, unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
+    with tqdm(total=len(bench.pp) * 4 * (1 + bench.repeats + bench.memory_steps), unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
         measured = [measure(bench, layouts, bar) for layouts in bench.layouts()]
     if rank == 0:
         write_file(pathlib.Path(folder) / "measured.json", json.dumps(measured))
@@ -482,7 +481,9 @@ def run(bench, command):
     found = []
     for both, part in zip(layouts, measured):
         reckoned = figures(both, part["samples"], schedule_tables(both["dep"]), workers, shares)
-        found.append({"pp": both["dep"].pp, "dp": both["dep"].dp, "figures": reckoned, "imbalance": uneven[both["dep"].dp]} | part)
+        layers = [sum(isinstance(unit, int) for unit in units) for units in split_units(config.num_hidden_layers, both["dep"].pp)]
+        found.append({"pp": both["dep"].pp, "dp": both["dep"].dp, "layers": layers, "figures": reckoned,
+                      "imbalance": uneven[both["dep"].dp]} | part)  # fmt: skip
     return {"command": command, "settings": dataclasses.asdict(bench), "about": about(bench), "model": described(config, bench, shares),
             "drawn": drawn(bench, batches), "workers": workers, "layouts": found, "by_items": by_items(bench)}  # fmt: skip
 
@@ -537,6 +538,7 @@ def main(arguments=None):
     cli.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there are two devices")
     cli.add_argument("--ranks", type=int, help="processes; default: 4, on CUDA one per device")
     cli.add_argument("--pp", type=int, nargs="+", help="pipeline ranks of each layout; default: half of the ranks, and all")
+    cli.add_argument("--layers", type=int, help="of the backbone")
     cli.add_argument("--repeats", type=int, help="timed steps of each side")
     cli.add_argument("--memory-steps", type=int, help="further steps whose peak memory is measured")
     cli.add_argument("--seed", type=int, default=0)
@@ -563,13 +565,13 @@ def resolve(options):
     ranks = options.ranks if options.ranks is not None else devices if cuda else 4
     if ranks < 2 or cuda and ranks > devices:
         raise BenchError(f"{ranks} ranks: expected at least 2" + (f", and no more than the {devices} CUDA devices" if cuda else ""))
-    asked = {"repeats": options.repeats, "memory_steps": options.memory_steps}
+    asked = {"layers": options.layers, "repeats": options.repeats, "memory_steps": options.memory_steps}
     asked = (QUICK if options.quick else {}) | {name: number for name, number in asked.items() if number is not None}
     bench = Bench(ranks=ranks, pp=tuple(options.pp or sorted({ranks, ranks // 2} if ranks % 2 == 0 else {ranks})),
                   device="cuda" if cuda else "cpu", seed=options.seed, **asked)  # fmt: skip
     bench = dataclasses.replace(bench, global_microbatches=max(bench.global_microbatches, ranks))
-    if bench.repeats < 1 or bench.memory_steps < 1:
-        raise BenchError("--repeats and --memory-steps must be at least 1")
+    if min(bench.layers, bench.repeats, bench.memory_steps) < 1:
+        raise BenchError("--layers, --repeats and --memory-steps must be at least 1")
     bench.layouts()
     return bench
 

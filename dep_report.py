@@ -64,6 +64,8 @@ E: seconds of the encoder's own forward, recompute (DEP) and backward passes, of
 
 One core per rank ({workers_core} workers): {core_words}
 Wall clock ({workers_wall} workers): {wall_words}
+The first rank has {of_layers}, the second number being the fullest rank's: stage0's encoder works in the gap for free.
+With pp 16 and two virtual stages K2.5's would have 3 of 4.
 
 {times}
 To show: DEP at 90 % or more by (b), {judged}. Found: {worst:.1%} in the worse layout{missed}.
@@ -128,6 +130,7 @@ def markdown(result):
     return WORDS.format_map(
         settings | settings["spread"] | result["about"] | model | result["drawn"] | drawn_words
         | {"command": result["command"], "of_rank": " and ".join(f"{model['share'] * pp:.0%} (pp {pp})" for pp in settings["pp"]),
+           "of_layers": " and ".join(f"{each['layers'][0]} layers of {max(each['layers'])} (pp {each['pp']})" for each in layouts),
            "of_rank_k25": 16 * model["share_k25"], "workers_core": workers["core"], "workers_wall": workers["wall"],
            "core_words": CORE[device], "wall_words": WALL[device], "judged": clocks[judged], "worst": worst,
            "missed": "" if worst >= 0.9 else " — missed", "disagreement": disagreement(layouts),
