@@ -62,6 +62,8 @@ from sandbox import Limits, environment, framed, kill_group, kill_marked, librar
 
 ROOT = pathlib.Path(__file__).resolve().parent
 LIMITS = Limits(seconds=5.0, start_seconds=60.0, cpu_seconds=5, memory_mb=512, file_mb=16, output_bytes=1 << 13, message_mb=64)
+# The same hashes everywhere; and memory from malloc reads 0, or an uninitialised array would show earlier calls' pixels.
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "GLIBC_TUNABLES": "glibc.malloc.perturb=255:glibc.malloc.tcache_count=0"}
 _SCRIPT = "import sys; sys.path[:] = sys.argv[2:]; import zygote; zygote.serve(int(sys.argv[1]))"
 
 
@@ -180,7 +182,7 @@ class Interpreter:
         with theirs:
             command = [sys.executable, "-s", "-P", "-B", "-c", _SCRIPT, str(theirs.fileno()), str(ROOT), *library_path([ROOT])]
             self._process = subprocess.Popen(
-                command, cwd="/", env=environment(folder, self._mark) | {"PYTHONHASHSEED": "0"}, start_new_session=True,
+                command, cwd="/", env=environment(folder, self._mark) | _ENVIRONMENT, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
             )  # fmt: skip
         self._folder = folder
@@ -335,6 +337,8 @@ def _picture(side):
 
 def bench(options):
     """Time small programs on one worker, and on as many as there are cores. Returns the exit code."""
+    if options.calls < 1:
+        raise InterpreterError(f"{options.calls} calls give no median: ask for at least 1")
     rows = []
     print(f"{'program':18} {'ms':>6} {'calls/s':>8} {'CPU ms':>7} {'calls/s per core':>17}    of which, ms")
     with Interpreter() as interpreter:

@@ -378,7 +378,7 @@ def readable():
 
 
 def _within(path, folders):
-    return any(pathlib.PurePath(path).is_relative_to(folder) for folder in folders)
+    return any(path == folder or path.startswith(folder.rstrip("/") + "/") for folder in folders)
 
 
 def kill_group(pid):
@@ -445,10 +445,9 @@ def audit_hook(home, hidden, banned, attempts):
 
     def place(path):
         """What may be read there: "" (anything), "reference" or "refused"; the innermost known folder decides."""
-        for folder in (path, *map(str, pathlib.PurePath(path).parents)):
-            if folder in verdicts:
-                return verdicts[folder]
-        return "refused"
+        while path not in verdicts and path != "/":
+            path = os.path.dirname(path)
+        return verdicts.get(path, "refused")
 
     def hook(event, arguments):
         if event == "import":

@@ -7,7 +7,7 @@ zygote has a network and mounts of its own. What they are for stands in interpre
 The parent sends a request as JSON and pixels, or an empty message to cancel; it gets the fields of an Observation. At
 the end of its socket the zygote ends, and with it its child.
 
-Public names: LINUX, FOLDER, FLOOD, Zygote, serve.
+Public names: LINUX, FOLDER, FILES, FLOOD, Zygote, serve.
 Tests: pytest tests/test_interpreter.py
 """
 
@@ -20,6 +20,8 @@ import importlib
 import io
 import json
 import linecache
+import math
+import mmap
 import os
 import pathlib
 import pkgutil
@@ -44,17 +46,17 @@ from PIL import Image
 from sandbox import audit_hook, explain, framed, kill_group, occupied, readable, receive, send, set_limits
 
 LINUX = sys.platform == "linux"
-FOLDER = 4  # size of a call's folder, in largest files
+FOLDER, FILES = 4, 1000  # size of a call's folder, in largest files; how many files it may hold
 FLOOD = 16 << 20  # bytes of output at which a call is ended
 ROOT = pathlib.Path(__file__).resolve().parent
 
 # --------------------------------------------------------------------------------- zygote and child
 
 PRELOAD = (
-    "bisect", "collections", "copy", "datetime", "decimal", "fractions", "functools", "heapq", "itertools", "math",
-    "operator", "string", "textwrap", "numpy.fft", "numpy.linalg", "numpy.random", "PIL.ImageChops", "PIL.ImageColor",
-    "PIL.ImageDraw", "PIL.ImageEnhance", "PIL.ImageFilter", "PIL.ImageFont", "PIL.ImageMath", "PIL.ImageOps",
-    "PIL.ImageStat", "PIL.PngImagePlugin",
+    "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq", "itertools",
+    "math", "operator", "statistics", "string", "textwrap", "typing", "numpy.fft", "numpy.linalg", "numpy.random",
+    "PIL.ImageChops", "PIL.ImageColor", "PIL.ImageDraw", "PIL.ImageEnhance", "PIL.ImageFilter", "PIL.ImageFont",
+    "PIL.ImageMath", "PIL.ImageOps", "PIL.ImageStat", "PIL.PngImagePlugin",
 )  # fmt: skip
 PROGRAM = "<program>"  # its file name in tracebacks
 REHEARSAL = """
@@ -95,6 +97,8 @@ class Zygote:
     def __init__(self, descriptor, folder, limits):
         self.descriptor, self.folder, self.limits = descriptor, folder, limits
         self.notes, self.gaps, self.calls = [], None, 0
+        if not hasattr(_LIBC, "gnu_get_libc_version"):
+            self.notes.append("not the GNU C library: uninitialised arrays may show scraps of earlier calls")
         sys.path.remove(str(ROOT))
         self.user = _spare_user()
         self.mounted = self.user is not None and self._separate()
@@ -103,8 +107,8 @@ class Zygote:
         if not self.mounted:
             os.chmod(folder, 0o711)
             self.notes.append("no network and no mounts of its own: they need root and CAP_SYS_ADMIN")
-            if self.user is not None:
-                self.notes += [f"{path} is closed to others: only what is loaded can be imported" for path in _closed(readable())]
+            if self.user is not None and _closed(sys.path):
+                self.notes.append(f"closed to others, so that only what is loaded can be imported: {', '.join(_closed(sys.path))}")
         for name in PRELOAD:
             importlib.import_module(name)
         with contextlib.redirect_stdout(io.StringIO()):
@@ -187,7 +191,7 @@ class Zygote:
         """An empty folder but for the pictures. Of limited size where we may mount, else in the common file system."""
         if self.mounted:
             home = os.path.join(self.folder, "home")
-            self._mount(home, f"mode=700,size={FOLDER * self.limits['file_mb']}m,nr_inodes=1000")
+            self._mount(home, f"mode=700,size={FOLDER * self.limits['file_mb']}m,nr_inodes={FILES}")
         else:
             self.calls += 1
             home = os.path.join(self.folder, str(self.calls))
@@ -329,7 +333,7 @@ class _Watch:
             if folder is not None and now > look:
                 look = now + 0.1
                 if _size(folder) > largest:
-                    return "error", f"its files are larger than {largest >> 20} MB together"
+                    return "error", f"its files are more than {FILES}, or larger than {largest >> 20} MB together"
         if not begun:
             raise TimeoutError("no program begins")
         return "timeout", f"not finished after {seconds:g} s"
@@ -371,7 +375,7 @@ def _evaluate(code, limits):
     module = sys.modules["__main__"] = types.ModuleType("__main__")
     module.__dict__.update(np=numpy, Image=Image)
     linecache.cache[PROGRAM] = len(code), None, code.splitlines(keepends=True), PROGRAM
-    reserve = numpy.empty(4 << 20, numpy.uint8)  # untouched memory to say that there is none
+    reserve = mmap.mmap(-1, 4 << 20)  # address space to say that there is none left
     try:
         tree, value = ast.parse(code, PROGRAM), None
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
@@ -380,7 +384,7 @@ def _evaluate(code, limits):
             value = eval(compile(ast.Expression(last.value), PROGRAM, "eval"), module.__dict__)
         return "ok", "" if value is None else repr(value)[: limits["output_bytes"] + 1]
     except BaseException as error:
-        del reserve
+        reserve.close()
         status, words, line = explain(error, {PROGRAM})
         if status == "memory":
             words = f"MemoryError: {words}: {limits['memory_mb']} MB"
@@ -410,15 +414,15 @@ def _processor_seconds():
 
 
 def _size(folder):
-    """Bytes of a folder's files; a thousand files count as endless."""
+    """Bytes of a folder's files; endless when they are more than FILES."""
     sizes, folders = [], [folder]
-    while folders and len(sizes) < 1000:
+    while folders and len(sizes) <= FILES:
         with contextlib.suppress(OSError), os.scandir(folders.pop()) as entries:
             for entry in entries:
                 sizes.append(entry.stat(follow_symlinks=False).st_size)
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-    return sum(sizes) if len(sizes) < 1000 else float("inf")
+    return sum(sizes) if len(sizes) <= FILES else math.inf
 
 
 def _write_png(path, width, height, pixels):
