@@ -4,7 +4,7 @@ Each propose_* takes a random.Random and returns a Draft whose picture is not re
 the choices are drawn first and the answer uniformly among them, so that nobody who does not see the picture
 can do better than chance. K2.5 report 4.2: caption, perception, knowledge, video, agent, image and code pairs.
 
-Public: propose_* (rng -> Draft).
+Public: propose_* (rng -> Draft), place, chart, chart_in_words.
 Tests: .venv/bin/python -m pytest tests/test_sources.py
 """
 
@@ -161,7 +161,7 @@ def propose_side(rng: random.Random) -> Draft:
 UNIT = 10  # pixels of a chart per unit of value
 
 
-def _chart(colours, values) -> Scene:
+def chart(colours, values) -> Scene:
     """Four bars standing on the ruled line of zero."""
     floor = SIDE - 3
     bars = []
@@ -171,7 +171,8 @@ def _chart(colours, values) -> Scene:
     return Scene(tuple(bars), rules=tuple(floor - UNIT * value for value in range(6)))
 
 
-def _chart_in_words(colours, values) -> str:
+def chart_in_words(colours, values) -> str:
+    """`red 3,blue 5,yellow 1,black 2`, from left to right."""
     return ",".join(f"{colour} {value}" for colour, value in zip(colours, values))
 
 
@@ -185,7 +186,7 @@ def propose_chart_highest(rng: random.Random) -> Draft:
     bars = [(answer, extreme), *zip(others, values)]
     rng.shuffle(bars)
     colours, values = zip(*bars)
-    scene, words = _chart(colours, values), _chart_in_words(colours, values)
+    scene, words = chart(colours, values), chart_in_words(colours, values)
     return Draft(((f"<image>Q:{word}?A:", answer),), scene.key(), choices, (scene,), True, words)
 
 
@@ -196,7 +197,7 @@ def propose_chart_value(rng: random.Random) -> Draft:
     asked = rng.randrange(4)
     values = [rng.randint(1, 5) for _ in colours]
     values[asked] = int(answer)
-    scene, words = _chart(colours, values), _chart_in_words(colours, values)
+    scene, words = chart(colours, values), chart_in_words(colours, values)
     prompt = f"<image>Q:{colours[asked]} value?A:"
     return Draft(((prompt, answer),), scene.key(), choices, (scene,), True, words)
 
@@ -326,7 +327,7 @@ def propose_interview(rng: random.Random) -> Draft:
         turns = [("Q:colour?A:", thing.colour), ("Q:shape?A:", thing.shape), ("Q:where?A:", where)]
     else:
         colours, values = rng.sample(COLOUR_NAMES, 4), [rng.randint(1, 5) for _ in range(4)]
-        scene = _chart(colours, values)
+        scene = chart(colours, values)
         turns = [(f"Q:{colour} value?A:", str(value)) for colour, value in zip(colours, values)]
     rng.shuffle(turns)
     turns[0] = ("<image>" + turns[0][0], turns[0][1])
