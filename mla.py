@@ -303,20 +303,23 @@ class MLA(nn.Module):
         self.kv_b_proj = nn.Linear(config.kv_lora_rank, heads * (nope + value), bias=False)
         self.o_proj = nn.Linear(heads * value, hidden, bias=False)
 
+    def project(self, x, table):
+        """x (B,T,C) → q_nope (B,T,H,N), rotated q_rope (B,T,H,P), normed latent (B,T,R) and rotated rope_key (B,T,P)."""
+        config = self.config
+        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        query = query.view(*x.shape[:2], config.num_attention_heads, -1)  # (B,T,H,J)
+        q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        latent, rope_key = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        return q_nope, apply_rope(q_rope, table), self.kv_a_layernorm(latent), apply_rope(rope_key, table)
+
     def forward(self, x, table, mask, cache=None, layer=0, asked=None):
         """x: (B,T,C); table: rope_table of the T tokens; mask: as the twins'; cache: LatentCache or None;
         layer: int — row of the cache; asked: (B,T) bool — the queries whose max logits are wanted (padding must not
         reach QK-Clip), or None. Returns out (B,T,C) and max logits (H,), −inf where no query was asked, or None.
         """
         config = self.config
-        batch, tokens = x.shape[:2]
-        query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = query.view(batch, tokens, config.num_attention_heads, -1)  # (B,T,H,J)
-        q_nope, q_rope = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        q_rope = apply_rope(q_rope, table)  # (B,T,H,P)
-        latent, rope_key = self.kv_a_proj_with_mqa(x).split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        latent, rope_key = self.kv_a_layernorm(latent), apply_rope(rope_key, table)  # (B,T,R), (B,T,P)
-        decoding = cache is not None and cache.length > tokens
+        q_nope, q_rope, latent, rope_key = self.project(x, table)
+        decoding = cache is not None and cache.length > x.shape[1]
         if cache is not None:
             latent, rope_key = cache.write(layer, latent, rope_key)  # (B,S,R), (B,S,P)
         inputs = (q_nope, q_rope, latent, rope_key, self.kv_b_proj.weight)
