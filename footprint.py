@@ -5,13 +5,14 @@ is written down tensor by tensor (`layer_kept`), as the unfused operations of ml
 `measure_saved` counts what autograd really keeps, `measure_peak` what is really allocated, and the tests compare.
 
 Public names: Recipe, RECIPES, RECOMPUTE, Kept, layer_kept, selective_kept, embed_kept, head_kept, shared_kept, stage_kept, vision_kept,
-measure_saved, measure_peak, pretended, Holding, holdings.
+measure_saved, measure_peak, live_bytes, Holding, holdings, Store, messages, buffer_bytes, stage_bytes, Fill, fills.
 Letters: B rows, T tokens, C hidden, H heads, N/P/V nope, rope and value head dims, J = N + P, Q query rank, R latent rank,
 E experts, K chosen, F expert width, U vocabulary.     Tests: pytest tests/test_planner.py
 """
 
-import contextlib
+import gc
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,8 @@ import torch.distributed as dist
 
 from k25 import K25
 from optim import SLOTS, partition
-from parallel import ParallelError, Place
+from parallel import Place, split_units
+from schedule import most_in_flight, pretended, schedule_tables
 
 # ------------------------------------------------------------------------------------------- precisions
 
@@ -90,36 +92,54 @@ def layer_kept(config, recipe, rows, length, dense, ep=1):
     rows, length: B, T of a microbatch; dense: bool — layers before the first MoE layer; ep: ranks that share experts.
     Returns a list of Kept. What all layers of a stage share is in `shared_kept`.
     """
-    n, c, s, w, e, p = rows * length, recipe.linear, recipe.stream, recipe.wide, recipe.experts, recipe.weights
+    return _attention_kept(config, recipe, rows, length) + _feed_kept(config, recipe, rows, length, dense, ep)
+
+
+def _attention_matrices(config):
+    """Numbers of the attention's weights."""
     hidden, heads, query, latent = config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    joined, top_k, width = nope + rope, config.num_experts_per_tok, config.moe_intermediate_size
+    return [hidden * query, hidden * (latent + rope), query * heads * (nope + rope), latent * heads * (nope + value), heads * value * hidden]
+
+
+def _attention_kept(config, recipe, rows, length):
+    n, c, s, w, p = rows * length, recipe.linear, recipe.stream, recipe.wide, recipe.weights
+    hidden, heads, query, latent = config.hidden_size, config.num_attention_heads, config.q_lora_rank, config.kv_lora_rank
+    rope, value = config.qk_rope_head_dim, config.v_head_dim
+    joined = config.qk_nope_head_dim + rope
     cast = p != c  # autocast: each product keeps its own copies of input and weight
     wider = max(joined, value)  # values are padded to it for the flash kernels
     kept = _norm("input_layernorm", hidden, n, s, p, w, [c, c] if cast else [c])
     kept += _norm("q_a_layernorm", query, n, c, p, w, [c])
     split = latent + (rope if c == w else 0)  # a part of kv_a's output is kept as all of it
-    kept += [Kept("kv_a_layernorm: input", "norms", n * split * (w if c == w else 0), n * latent * c),
-             Kept("kv_a_layernorm: inside and output", "norms", n * (latent * (2 * c + (w if c != w else 0)) + w), 0),
-             Kept("query", "mla", n * heads * joined * c, 0),
-             Kept("key", "mla", n * heads * joined * c, n * rope * c),
-             Kept("value, padded", "mla", n * heads * wider * c, 0),
-             Kept("mask, as numbers", "other", n * length * c),
-             Kept("attention: output, log-sum-exp", "other", n * heads * (wider * c + w)),
-             Kept("o_proj: input", "other", n * heads * value * c)]  # fmt: skip
-    attention = hidden * (query + latent + rope) + query * heads * joined + latent * heads * (nope + value) + heads * value * hidden
-    kept += _norm("post_attention_layernorm", hidden, n, s, p, w, [])
+    return kept + [
+        Kept("kv_a_layernorm: input", "norms", n * split * (w if c == w else 0), n * latent * c),
+        Kept("kv_a_layernorm: inside and output", "norms", n * (latent * (2 * c + (w if c != w else 0)) + w), 0),
+        Kept("query", "mla", n * heads * joined * c, 0),
+        Kept("key", "mla", n * heads * joined * c, n * rope * c),
+        Kept("value, padded", "mla", n * heads * wider * c, 0),
+        Kept("mask, as numbers", "other", n * length * c),
+        Kept("attention: output, log-sum-exp", "other", n * heads * (wider * c + w)),
+        Kept("o_proj: input", "other", n * heads * value * c),
+        Kept("attention's weights in another dtype", "copies", sum(_attention_matrices(config)) * c * cast),
+    ]
+
+
+def _feed_kept(config, recipe, rows, length, dense, ep):
+    n, c, w, e, p = rows * length, recipe.linear, recipe.wide, recipe.experts, recipe.weights
+    hidden, top_k, width = config.hidden_size, config.num_experts_per_tok, config.moe_intermediate_size
+    cast = p != c
+    kept = _norm("post_attention_layernorm", hidden, n, recipe.stream, p, w, [])
     if dense:
         inputs, mlp, copies = [c, c] if cast else [c], config.intermediate_size, 0
     else:
         shared = config.n_shared_experts > 0
         inputs = [w] + ([c, c] if cast else [c] if c != w else []) * shared  # router's, shared experts'
         mlp, copies = width * config.n_shared_experts, config.n_routed_experts * hidden * w * (p != w)
-    kept += [Kept("post_attention_layernorm: outputs", "norms", n * hidden * sum(inputs), 0)]
+    rounded = n * hidden * FP8 * len(inputs) if dense else None  # a router reads the same rows, and needs them exact
+    kept += [Kept("post_attention_layernorm: outputs", "norms", n * hidden * sum(inputs), 0, rounded)]
     kept += _swiglu("mlp" if dense else "shared_experts", n * mlp, c, 2)
-    if cast:
-        copies += (attention + 3 * hidden * mlp) * c
-    kept += [Kept("weights in another dtype", "copies", copies)]
+    kept += [Kept("weights in another dtype", "copies", copies + 3 * hidden * mlp * c * cast)]
     if dense:
         return kept
     chosen = n * top_k
@@ -134,25 +154,25 @@ def layer_kept(config, recipe, rows, length, dense, ep=1):
 
 def selective_kept(config, recipe, rows, length, dense):
     """What one layer keeps under activations.py's selective recompute: its two inputs, and what the products that are
-    not done again and the attention put out. Returns a list of Kept."""
+    not done again and the attention put out. Returns two lists of Kept, of attention and feed-forward."""
     n, c, w = rows * length, recipe.linear, recipe.wide
     wider = max(config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim)
     narrow = config.q_lora_rank + config.kv_lora_rank + config.qk_rope_head_dim
     width = config.intermediate_size if dense else config.moe_intermediate_size * config.n_shared_experts
-    kept = [Kept("inputs of attention and feed-forward", "other", 2 * n * config.hidden_size * recipe.stream),
-            Kept("q_a, kv_a", "other", n * narrow * c),
-            Kept("attention: output, log-sum-exp", "other", n * config.num_attention_heads * (wider * c + w))]  # fmt: skip
-    kept += _swiglu("mlp", n * width, c, 0)
-    if dense:
-        return kept
-    kept += [Kept("router: logits", "other", n * config.n_routed_experts * w)]
-    return kept + _swiglu("experts", n * config.num_experts_per_tok * config.moe_intermediate_size, recipe.experts, 0)
+    stream = Kept("input", "other", n * config.hidden_size * recipe.stream)
+    attention = [stream, Kept("q_a, kv_a", "other", n * narrow * c),
+                 Kept("attention: output, log-sum-exp", "other", n * config.num_attention_heads * (wider * c + w))]  # fmt: skip
+    feed = [stream, *_swiglu("mlp", n * width, c, 0)]
+    if not dense:
+        feed += [Kept("router: logits", "other", n * config.n_routed_experts * w)]
+        feed += _swiglu("experts", n * config.num_experts_per_tok * config.moe_intermediate_size, recipe.experts, 0)
+    return attention, feed
 
 
 def _swiglu(name, numbers, size, products):
     """Gate and up, and what is made of them: silu(gate), the product, and of the experts also the weighted product."""
     return [Kept(f"{name}: gate and up", "other", 2 * numbers * size, None, 2 * numbers * FP8),
-            Kept(f"{name}: silu and products", "swiglu", products * numbers * size, 0)]  # fmt: skip
+            Kept(f"{name}: silu and products", "swiglu", products * numbers * size, 0, products * numbers * FP8)]  # fmt: skip
 
 
 def embed_kept(config, rows, length):
@@ -205,26 +225,43 @@ def _backward_needs(config, recipe, unit, rows, length, ep):
     return stack * recipe.gradients + 2 * n * config.num_experts_per_tok * config.hidden_size * recipe.experts
 
 
+def _attention_needs(config, recipe, rows, length):
+    """The same of an attention alone: gradients of queries, keys and padded values, and of the largest matrix."""
+    joined = config.qk_nope_head_dim + config.qk_rope_head_dim
+    wider = max(joined, config.v_head_dim)
+    return (rows * length * config.num_attention_heads * (2 * joined + wider) * recipe.linear
+            + max(_attention_matrices(config)) * recipe.gradients)  # fmt: skip
+
+
 def stage_kept(config, recipe, units, rows, length, ep=1, recompute=(), fp8=False):
     """Bytes that one microbatch keeps in a stage, and bytes that its backward pass adds to them at its fullest.
 
     recompute: () or ("block",) or ("selective",), as activations.py does it, or some of RECOMPUTE: all that could go.
     Returns (kept, working).
     """
-    full, n = "block" in recompute, rows * length
-    layers = any(isinstance(unit, int) for unit in units)
-    kept = sum(t.bytes for t in shared_kept(config, recipe, rows, length, full or "selective" in recompute)) if layers else 0
-    most = 0
+    full, selective = "block" in recompute, "selective" in recompute
+
+    def total(tensors, *how):
+        return sum(t.after(*how) for t in tensors)
+
+    kept, most = 0, 0
+    if any(isinstance(unit, int) for unit in units):
+        kept = total(shared_kept(config, recipe, rows, length, full or selective))
     for unit in units:  # the backward pass of one meets what those before it keep
-        tensors = _unit_kept(config, recipe, unit, rows, length, ep)
-        most = max(most, kept + sum(t.bytes for t in tensors) + _backward_needs(config, recipe, unit, rows, length, ep))
-        if full and isinstance(unit, int):
-            kept += n * config.hidden_size * recipe.stream
-        elif "selective" in recompute and isinstance(unit, int):
-            layer = selective_kept(config, recipe, rows, length, unit < config.first_k_dense_replace)
-            kept += sum(t.after((), fp8) for t in layer)
-        else:
-            kept += sum(t.after(recompute, fp8) for t in tensors)
+        tensors, layer = _unit_kept(config, recipe, unit, rows, length, ep), isinstance(unit, int)
+        needs = _backward_needs(config, recipe, unit, rows, length, ep)
+        if layer and selective:  # attention and feed-forward are computed again one after the other
+            dense = unit < config.first_k_dense_replace
+            halves = [total(half, (), fp8) for half in selective_kept(config, recipe, rows, length, dense)]
+            feed, attention = _feed_kept(config, recipe, rows, length, dense, ep), _attention_kept(config, recipe, rows, length)
+            most = max(most, kept + halves[0] + total(feed) + needs,
+                       kept + total(attention) + _attention_needs(config, recipe, rows, length))  # fmt: skip
+            kept += sum(halves)
+            continue
+        stays = rows * length * config.hidden_size * recipe.stream if layer and full else total(tensors, recompute, fp8)
+        there = total(tensors, (), fp8 and layer)  # what is in FP8 is itself again only while it is used
+        most = max(most, kept + there + needs)
+        kept += stays
     return kept, max(most - kept, 0)
 
 
@@ -255,6 +292,7 @@ def measure_saved(run, mine=()):
 
 def measure_peak(run):
     """The most bytes that a function has allocated on the CPU at any time, by torch's profiler."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler announces itself otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     held = most = 0
@@ -276,22 +314,10 @@ class Holding:
     experts: int  # of them in routed experts
     weights: int
     gradients: int
+    late: int  # of them: those of the encoder, which with DEP come after the pipeline
     state: int  # with ZeRO-1 of the replica that got most
+    reduce: int  # for a moment, while gradients are summed over ranks: Trainer joins those of one group in one tensor
     step: int  # for a moment, while the optimizer steps
-
-
-@contextlib.contextmanager
-def pretended(world, rank=0):
-    """A process group of `world` ranks of which only this one exists; nothing is sent."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
-
-    if dist.is_initialized():
-        raise ParallelError("planning needs a process without a process group: run it outside torchrun")
-    dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def holdings(config, layout, recipe):
@@ -307,7 +333,7 @@ def holdings(config, layout, recipe):
             place = Place(layout)
             units = {unit for part in place.parts(config.num_hidden_layers).values() for unit in part}
             units |= {"vision"} if layout.encoder == "dep" or rank == 0 else set()
-            numbers = experts = 0
+            numbers = experts = vision = 0
             groups = {}  # process group → [(name, shape)]: what it reduces, and ZeRO-1 deals out
             for name, shape in named:
                 if _unit_of(name) not in units:
@@ -316,12 +342,18 @@ def holdings(config, layout, recipe):
                     shape = (shape[0] // layout.ep, *shape[1:])
                     experts += math.prod(shape)
                 numbers += math.prod(shape)
+                vision += math.prod(shape) * (_unit_of(name) == "vision")
                 groups.setdefault(place.group_of(name), []).append((name, shape))
-            shares = [_largest_share(members, muon, dist.get_world_size(group) if layout.zero1 else 1, recipe)
-                      for group, members in groups.items()]  # fmt: skip
+            # With ZeRO-1 each group has an optimizer of its own, and they step in turn.
+            dealt = [(members, dist.get_world_size(group)) for group, members in groups.items()]
+            dealt = dealt if layout.zero1 else [(sum(groups.values(), []), 1)]
+            shares = [_largest_share(members, muon, ranks, recipe) for members, ranks in dealt]
         bias = sum(size for name, size in biases if _unit_of(name) in units)
-        found.append(Holding(numbers + bias, experts, numbers * recipe.weights + 4 * bias, numbers * recipe.gradients,
-                             sum(state for state, _ in shares), sum(step for _, step in shares)))  # fmt: skip
+        most = max(sum(math.prod(shape) for _, shape in members) for members in groups.values())
+        found.append(Holding(
+            numbers + bias, experts, numbers * recipe.weights + 4 * bias, numbers * recipe.gradients,
+            vision * recipe.gradients * (layout.encoder == "dep"), sum(state for state, _ in shares), most * recipe.gradients,
+            max(step for _, step in shares)))  # fmt: skip
     return found
 
 
@@ -356,3 +388,108 @@ def _largest_share(members, muon, ranks, recipe):
                 stacks[rank][shape[-2:]] = stacks[rank].get(shape[-2:], 0) + stacked
     working = [most + max(stack.values(), default=0) for most, stack in zip(directions, stacks)]
     return max(state), max(working)
+
+
+# ------------------------------------------------------------------------------------- a rank at its fullest
+
+
+@dataclass(frozen=True)
+class Store:
+    """How activations wait for the backward pass.
+
+    recompute: () or ("block",) or ("selective",), as activations.py does it, or some of RECOMPUTE: all that could go.
+    """
+
+    recompute: tuple = ()
+    fp8: bool = False
+    offload: bool = False
+
+    @property
+    def again(self):
+        """Whether the experts' tokens travel again in the backward pass, and layers keep their inputs."""
+        return "block" in self.recompute or "selective" in self.recompute
+
+
+def messages(layout, rank):
+    """How many times per microbatch a rank receives something, which is also how often it sends."""
+    return sum((stage > 0) + (stage < layout.stages - 1) for stage in range(rank, layout.stages, layout.pp))
+
+
+def buffer_bytes(config, layout, recipe, rows, length):
+    """Per rank: torch's PipelineStage owns one buffer per microbatch for each input and each incoming gradient, from
+    the first step on."""
+    message = rows * length * config.hidden_size * recipe.stream
+    return [messages(layout, rank) * layout.microbatches * message for rank in range(layout.pp)]
+
+
+def stage_bytes(config, layout, recipe, rows, length, store=Store(), patches=0):
+    """Bytes that a microbatch keeps in each stage, and that its backward pass adds: (kept, working), lists over stages.
+
+    Beside what autograd keeps, each output waits for its backward pass. An input is the pipeline's own buffer, which
+    `buffer_bytes` counts. patches: of a microbatch's pictures, which --encoder stage0 keeps in the first stage.
+    """
+    message = rows * length * config.hidden_size * recipe.stream
+    found = []
+    for stage, units in enumerate(split_units(config.num_hidden_layers, layout.stages)):
+        kept, working = stage_kept(config, recipe, units, rows, length, layout.ep, store.recompute, store.fp8)
+        kept += message * (stage < layout.stages - 1)
+        kept -= message * (stage > 0 and (store.again or recipe.stream == recipe.wide))
+        if stage == 0 and layout.encoder == "stage0":
+            kept += patches * vision_kept(config, recipe)
+        found.append((kept, working))
+    return [kept for kept, _ in found], [working for _, working in found]
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What a pipeline rank holds, in bytes: through the whole step, and in its moments on top of that, one at a time."""
+
+    held: Holding
+    in_flight: int  # microbatches × stages
+    buffers: float  # of the pipeline's messages
+    moments: dict  # pipeline: activations; encoder: those of its pictures; reduction and optimizer: as Holding
+
+    @property
+    def stays(self):
+        """Weights, gradients, optimizer state, buffers."""
+        return self.held.weights + self.held.gradients + self.held.state + self.buffers
+
+    def at(self, moment):
+        """All that it holds in one of the moments."""
+        return self.stays + self.moments[moment] - self.held.late * (moment == "pipeline")
+
+    @property
+    def moment(self):
+        """When it is at its fullest."""
+        return max(self.moments, key=self.at)
+
+    @property
+    def peak(self):
+        """What it holds then."""
+        return self.at(self.moment)
+
+
+def fills(config, layout, recipe, rows, length, store=Store(), patches=0, held=None):
+    """One Fill per pipeline rank. patches: pictures of one microbatch; held: what `holdings` gave, or None."""
+    held = held or holdings(config, layout, recipe)
+    kept, working = stage_bytes(config, layout, recipe, rows, length, store, patches)
+    buffers = buffer_bytes(config, layout, recipe, rows, length)
+    encoder = patches * layout.microbatches / layout.pp * vision_kept(config, recipe) if layout.encoder == "dep" else 0
+    found = []
+    for rank, order in schedule_tables(layout).items():
+        activations = most_in_flight(order, kept, working)
+        if store.offload:  # one microbatch is worked on, one on its way
+            activations = max(2 * kept[stage] + working[stage] for stage in range(rank, layout.stages, layout.pp))
+        moments = {"pipeline": activations, "encoder": encoder, "reduction": held[rank].reduce, "optimizer": held[rank].step}
+        found.append(Fill(held[rank], most_in_flight(order, [1] * layout.stages), buffers[rank], moments))
+    return found
+
+
+def live_bytes():
+    """Bytes of all tensors that Python can reach in this process, each storage once."""
+    found = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor) and thing.device.type != "meta":  # isinstance would ask, and wake, lazy ones
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
