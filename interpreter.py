@@ -163,12 +163,10 @@ class Interpreter:
         return Observation(f"Lost: the interpreter failed twice: {reason}", "lost")
 
     def cancel(self, call):
-        """Kill a call if it is running, and see that it does not begin; from any thread."""
-        with self._lock:
-            call.cancelled = True
+        """Kill a call if it is the one that runs; from any thread."""
+        with self._lock, contextlib.suppress(OSError):  # the worker has died
             if self._current is call:
-                with contextlib.suppress(OSError):  # it has died
-                    send(self._socket.fileno(), framed(b""))
+                send(self._socket.fileno(), framed(b""))
 
     def close(self):
         """End the zygote and what it runs, and remove its folder."""

@@ -217,6 +217,12 @@ def test_nothing_outside_is_changed(sandbox, tmp_path, name):
     assert (tmp_path / "letter").read_text() == "private"
 
 
+def test_a_folder_whose_name_begins_like_its_own_is_outside(sandbox):
+    sandbox.call("code", "double", 1)
+    reply = sandbox.call("code", "write", sandbox._home + "2")
+    assert reply.status == "error" and len(reply.refused) == 1 and not pathlib.Path(sandbox._home + "2").exists()
+
+
 @pytest.mark.parametrize("name", ["fork", "bomb", "start", "system", "spawn", "connect", "ctypes_", "kill", "referrers",
                                   "native", "storage", "tensors"])  # fmt: skip
 def test_processes_sockets_and_native_code_are_refused(sandbox, name):
