@@ -1,7 +1,7 @@
 """What DEP buys: multimodal beside text-only training steps, for --encoder dep and stage0 — K2.5 report 4.5, appendix C.
 
     python parallel.py dep-bench                 4 processes on the CPU, or one per CUDA device: about 4 minutes
-    python parallel.py dep-bench --quick         the same with fewer steps, in well under one
+    python parallel.py dep-bench --quick         a smaller model and fewer steps, in under one: to see that it works
 
 Two batches of a pair have the same rows, documents and tokens; in one of them some tokens are pictures, as `Spread` draws
 them. Both go through both encoders in turn, and are counted in two ways. With E the processor time of the encoder's own
@@ -538,6 +538,7 @@ def main(arguments=None):
     cli.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there are two devices")
     cli.add_argument("--ranks", type=int, help="processes; default: 4, on CUDA one per device")
     cli.add_argument("--pp", type=int, nargs="+", help="pipeline ranks of each layout; default: half of the ranks, and all")
+    cli.add_argument("--text-only", type=float, default=Spread.text_only, metavar="SHARE", help="of the rows; 0: a picture in each")
     cli.add_argument("--layers", type=int, help="of the backbone")
     cli.add_argument("--repeats", type=int, help="timed steps of each side")
     cli.add_argument("--memory-steps", type=int, help="further steps whose peak memory is measured")
@@ -568,8 +569,10 @@ def resolve(options):
     asked = {"layers": options.layers, "repeats": options.repeats, "memory_steps": options.memory_steps}
     asked = (QUICK if options.quick else {}) | {name: number for name, number in asked.items() if number is not None}
     bench = Bench(ranks=ranks, pp=tuple(options.pp or sorted({ranks, ranks // 2} if ranks % 2 == 0 else {ranks})),
-                  device="cuda" if cuda else "cpu", seed=options.seed, **asked)  # fmt: skip
+                  device="cuda" if cuda else "cpu", seed=options.seed, spread=Spread(text_only=options.text_only), **asked)  # fmt: skip
     bench = dataclasses.replace(bench, global_microbatches=max(bench.global_microbatches, ranks))
+    if not 0 <= options.text_only < 1:
+        raise BenchError(f"--text-only {options.text_only}: expected at least 0, and less than 1")
     if min(bench.layers, bench.repeats, bench.memory_steps) < 1:
         raise BenchError("--layers, --repeats and --memory-steps must be at least 1")
     bench.layouts()

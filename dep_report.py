@@ -64,8 +64,9 @@ E: seconds of the encoder's own forward, recompute (DEP) and backward passes, of
 
 One core per rank ({workers_core} workers): {core_words}
 Wall clock ({workers_wall} workers): {wall_words}
-The first rank has {of_layers}, the second number being the fullest rank's: stage0's encoder works in the gap for free.
-With pp 16 and two virtual stages K2.5's would have 3 of 4.
+
+Layers of the first rank and of the fullest: {of_layers}. Where the first has fewer, an encoder
+there works in the gap for free; with pp 16 and two virtual stages K2.5's have 3 and 4. --layers 15 closes the gap of pp 4.
 
 {times}
 To show: DEP at 90 % or more by (b), {judged}. Found: {worst:.1%} in the worse layout{missed}.
@@ -130,7 +131,7 @@ def markdown(result):
     return WORDS.format_map(
         settings | settings["spread"] | result["about"] | model | result["drawn"] | drawn_words
         | {"command": result["command"], "of_rank": " and ".join(f"{model['share'] * pp:.0%} (pp {pp})" for pp in settings["pp"]),
-           "of_layers": " and ".join(f"{each['layers'][0]} layers of {max(each['layers'])} (pp {each['pp']})" for each in layouts),
+           "of_layers": ", ".join(f"{each['layers'][0]} and {max(each['layers'])} (pp {each['pp']})" for each in layouts),
            "of_rank_k25": 16 * model["share_k25"], "workers_core": workers["core"], "workers_wall": workers["wall"],
            "core_words": CORE[device], "wall_words": WALL[device], "judged": clocks[judged], "worst": worst,
            "missed": "" if worst >= 0.9 else " — missed", "disagreement": disagreement(layouts),
@@ -191,7 +192,7 @@ def plot_efficiency(result, path):
             below.set(xlim=(-0.5, len(WAYS) - 0.5), ylabel="% of text-only efficiency")
             below.set_xticks(range(len(WAYS)), WAYS.values())
             below.grid(axis="y", alpha=0.3)
-        panels[1, 0].legend(fontsize=8)
+        panels[0, 0].figure.legend(*panels[1, 0].get_legend_handles_labels(), loc="outside lower center", ncol=4, fontsize=8)
 
 
 def plot_memory(result, path):
@@ -204,7 +205,7 @@ def plot_memory(result, path):
             for _, peak in peaks(layout, *CURVES[0]):
                 panel.axhline(peak, color="black", linestyle="--", linewidth=1, label="text-only")
             panel.set(title=f"pp {layout['pp']} · dp {layout['dp']}", xlabel="step", ylabel="peak of the first stage, MB")
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.grid(alpha=0.3)
             panel.legend(loc="lower right")

@@ -324,6 +324,7 @@ def test_the_plots_are_pictures(done):
     (["--ranks", "1"], "1 ranks: expected at least 2"),
     (["--pp", "3"], "--pp 3 does not divide --ranks 4"),
     (["--pp", "0"], "--pp 0 does not divide"),
+    (["--text-only", "1"], "--text-only 1.0: expected at least 0, and less than 1"),
     (["--repeats", "0"], "--layers, --repeats and --memory-steps must be at least 1"),
     (["--ranks", "20", "--pp", "20"], "20 stages, but embedding, 14 layers and head are 16"),
     (["--out", f"{__file__}/x"], "Not a directory"),
