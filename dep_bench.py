@@ -4,11 +4,13 @@
     python parallel.py dep-bench --quick         a smaller model and fewer steps, in under one: to see that it works
 
 Two batches of a pair have the same rows, documents and tokens; in one of them some tokens are pictures, as `Spread` draws
-them. Both go through both encoders in turn, and are counted in two ways. With E the processor time of the encoder's own
+them. Both go through both encoders in turn, and are counted in both ways. With E the processor time of the encoder's own
 computation (forward, of DEP also the recompute, backward), summed over all R ranks:
 
     (a) raw           text-only step time / multimodal step time
     (b) discounted    text-only step time / (multimodal step time − E / R): as if a perfect encoder were free
+    (c) by operations text-only step time · (1 + encoder's operations / backbone's) / multimodal step time: stricter than (b)
+                      where the encoder is slower per operation than the backbone
 
     one core per rank       a step's time put together from what each rank measured of its own processor time: every
                             forward and backward pass of the pipeline, run through the real schedule's tables, and the
@@ -17,7 +19,7 @@ computation (forward, of DEP also the recompute, backward), summed over all R ra
 
 Public names: BenchError, Spread, Bench, model_config, draw_size, draw_row, documents, global_batch, Phases, MeasuredTrainer,
 one_core_each, raw, discounted, figures, imbalances, by_items, run, main.
-Letters: R ranks, M microbatches, C hidden.     Tests: pytest tests/test_dep_bench.py
+Letters: R ranks.     Tests: pytest tests/test_dep_bench.py
 """
 
 import argparse
