@@ -230,16 +230,20 @@ def test_misuse_by_the_caller_is_an_error_of_the_caller(box, call, words):
         ("np.random.seed(5), np.random.rand()", "np.random.rand() == np.random.RandomState(0).rand()", "True"),
         ("import random\nrandom.seed(9)", "import random\nrandom.random() == random.Random(0).random()", "True"),
         ("open('note', 'w').write('x')", "import os\nos.listdir()", "[]"),
-        ("import os\nos.makedirs('a/b')\nos.chdir('a/b')", "import os\nos.path.basename(os.getcwd()) not in 'ab', os.listdir()", "(True, [])"),
+        ("import os\nos.makedirs('a/b')\nos.chdir('a/b')",
+         "import os\nos.path.basename(os.getcwd()) not in 'ab', os.listdir()", "(True, [])"),
         ("import os\nos.environ['A'] = '1'", "import os\n'A' in os.environ", "False"),
-        ("import sys\nsys.path.insert(0, '.')\nopen('mine.py', 'w')\nimport mine", "import sys\n'.' in sys.path, 'mine' in sys.modules", "(False, False)"),
+        ("import sys\nsys.path.insert(0, '.')\nopen('mine.py', 'w')\nimport mine",
+         "import sys\n'.' in sys.path, 'mine' in sys.modules", "(False, False)"),
         ("import sys\nsys.modules['math'] = None", "import math\nmath.pi > 3", "True"),
         ("import sys\nsys.stdout.close()", "print(1)", "1\n"),
         ("import sys\nsys.setrecursionlimit(50)", "import sys\nsys.getrecursionlimit()", "1000"),
         ("import atexit\natexit.register(print, 'late')", "1", "1"),
-        ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)", "import signal\nsignal.getsignal(signal.SIGTERM).name", "'SIG_DFL'"),
+        ("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)",
+         "import signal\nsignal.getsignal(signal.SIGTERM).name", "'SIG_DFL'"),
         ("import os\nos.umask(0o777)", "import os\nopen('a', 'w')\nopen('a').read()", "''"),
-        ("import warnings\nwarnings.simplefilter('error')", "import warnings\nwarnings.warn('w')", "<program>:2: UserWarning: w\n  warnings.warn('w')\n"),
+        ("import warnings\nwarnings.simplefilter('error')",
+         "import warnings\nwarnings.warn('w')", "<program>:2: UserWarning: w\n  warnings.warn('w')\n"),
         ("import gc\ngc.disable()", "import gc\ngc.isenabled()", "True"),
     ],
 )  # fmt: skip
@@ -292,7 +296,8 @@ ESCAPES = {
     "os.fork": ("import os\nos.fork()\nprint('ESCAPED')", {"refused"}),
     "a fork bomb": ("import os\nwhile True:\n    try: os.fork(); print('ESCAPED')\n    except OSError: pass", {"timeout"}),
     "multiprocessing": ("import multiprocessing\nmultiprocessing.Process(target=print, args=('ESCAPED',)).start()", {"refused", "error"}),
-    "a process pool": ("from concurrent.futures import ProcessPoolExecutor as P\nP(1).submit(print, 'ESCAPED').result()", {"refused", "error"}),
+    "a process pool": ("from concurrent.futures import ProcessPoolExecutor as P\nP(1).submit(print, 'ESCAPED').result()",
+                       {"refused", "error"}),
     "a pseudo-terminal": ("import pty\npty.spawn(['echo', 'ESCAPED'])", {"refused"}),
     "ctypes": ("import ctypes\nctypes.CDLL(None).system(b'echo ESCAPED')", {"refused"}),
     "numpy's ctypes": ("np.zeros(1).ctypes.data_as(np._core._internal.ctypes.c_void_p)\n"
@@ -324,8 +329,8 @@ ESCAPES = {
     "killing the parent": ("import os\nos.kill(os.getppid(), 9)\nprint('ESCAPED')", {"refused"}),
     "killing its group": ("import os\nos.killpg(0, 9)\nprint('ESCAPED')", {"refused"}),
     "raising its limits": ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nprint('ESCAPED')", {"refused"}),
-    "signals ignored": ("import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
-                        "while True: pass", {"timeout"}),
+    "signals ignored": ("import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
+                        "    except (OSError, ValueError): pass\nwhile True: pass", {"timeout"}),
     "a list that grows": ("kept = []\nwhile True: kept.append([0] * 10**6)", {"memory"}),
     "a giant array": ("np.ones(10**11)", {"memory"}),
     "a giant bytearray": ("bytearray(10**12)", {"memory"}),
@@ -337,7 +342,8 @@ ESCAPES = {
     "an endless generator": ("import itertools\nsum(1 for _ in itertools.count())", {"timeout"}),
     "a catastrophic pattern": ("import re\nre.match('(a*)*b', 'a' * 40)", {"timeout"}),
     "deep recursion": ("def f(): return f()\nf()", {"error"}),
-    "deeper recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return [x].sort(key=f)\nf(1)", {"died", "timeout", "memory", "error"}),
+    "deeper recursion": ("import sys\nsys.setrecursionlimit(10**9)\ndef f(x): return [x].sort(key=f)\nf(1)",
+                         {"died", "timeout", "memory", "error"}),
     "a deep literal": ("eval('(' * 10**5 + ')' * 10**5)", {"error", "memory"}),
     "a null byte": ("a\0b", {"error"}),
     "a long literal": ("len(eval('[' + '1,' * (5 * 10**6) + ']'))", {"ok", "timeout", "memory"}),
@@ -349,7 +355,8 @@ ESCAPES = {
     "a hundred thousand files": ("for i in range(10**5): open(str(i), 'w').close()", {"error"}),
     "using up descriptors": ("kept = [open('a', 'w') for _ in range(10**4)]", {"error"}),
     "unpickling": ("import pickle\npickle.loads(b'cposix\\nsystem\\n(S\"echo ESCAPED\"\\ntR.')", {"refused"}),
-    "numpy unpickling": ("open('a.npy', 'wb').write(b'cposix\\nsystem\\n(S\"echo ESCAPED\"\\ntR.')\nnp.load('a.npy', allow_pickle=True)", {"refused", "error"}),
+    "numpy unpickling": ("open('a.npy', 'wb').write(b'cposix\\nsystem\\n(S\"echo ESCAPED\"\\ntR.')\nnp.load('a.npy', allow_pickle=True)",
+                         {"refused", "error"}),
     "marshalled code": ("import marshal, types\nc = compile('import os; os.system(\"echo ESCAPED\")', '', 'exec')\n"
                         "exec(marshal.loads(marshal.dumps(c)))", {"refused"}),
     "a thread that goes on": ("import threading\ndef f():\n    while True: pass\nthreading.Thread(target=f).start()", {"error"}),
@@ -358,17 +365,25 @@ ESCAPES = {
     "a finaliser": ("class A:\n    def __del__(self):\n        while True: pass\na = A()", {"ok"}),
     "os._exit": ("import os\nos._exit(0)", {"died"}),
     "os.abort": ("import os\nos.abort()", {"died"}),
-    "a segmentation fault": ("import sys\nsys.setrecursionlimit(10**6)\nx = ()\nfor _ in range(10**6): x = (x,)\nhash(x)", {"died", "error"}),
-    "inherited descriptors": ("import os\nfor d in range(4, 1024):\n    try: os.fstat(d); print('ESCAPED')\n    except OSError: pass", {"ok"}),
+    "a segmentation fault": ("import sys\nsys.setrecursionlimit(10**6)\nx = ()\nfor _ in range(10**6): x = (x,)\nhash(x)",
+                             {"died", "error"}),
+    "inherited descriptors": ("import os\nfor d in range(4, 1024):\n    try: os.fstat(d); print('ESCAPED')\n    except OSError: pass",
+                              {"ok"}),
     "writing into the verdict": ("import os\nos.write(3, b'{\"status\": \"ESC\" }')", {"died"}),
     "flooding the verdict": ("import os\nwhile True: os.write(3, b'x' * 10**6)", {"died"}),
     "closing everything": ("import os\nos.closerange(0, 1024)\nwhile True: pass", {"died"}),
-    "a forged answer": ("import os\nos.write(3, b'{\"status\": \"lost\", \"tail\": \"\", \"refused\": [], \"finished\": 0}')\nos._exit(0)", {"died"}),
+    "a forged answer": ("import os\nos.write(3, b'{\"status\": \"lost\", \"tail\": \"\", \"refused\": [], \"finished\": 0}')\nos._exit(0)",
+                        {"died"}),
     "its objects": ("import gc\nprint(gc.get_objects())\nprint('ESCAPED')", {"refused"}),
-    "its callers": ("import sys\nf = sys._getframe()\nwhile f:\n    print({k: repr(v) for k, v in f.f_locals.items()}, len(f.f_globals))\n    f = f.f_back", {"ok"}),
-    "a decompression bomb": ("import struct, zlib\nd = lambda k, b: struct.pack('>I', len(b)) + k + b + struct.pack('>I', zlib.crc32(k + b))\n"
-                             "open('b.png', 'wb').write(b'\\x89PNG\\r\\n\\x1a\\n' + d(b'IHDR', struct.pack('>IIBBBBB', 9**5, 9**5, 8, 2, 0, 0, 0))"
-                             " + d(b'IDAT', zlib.compress(bytes(9**6))) + d(b'IEND', b''))\nImage.open('b.png').load()", {"error", "memory"}),
+    "its callers": ("import sys\nf = sys._getframe()\nwhile f:\n"
+                    "    print({k: repr(v) for k, v in f.f_locals.items()}, len(f.f_globals))\n    f = f.f_back",
+                    {"ok"}),
+    "a decompression bomb": ("import struct, zlib\ndef chunk(kind, data):\n    crc = zlib.crc32(kind + data)\n"
+                             "    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', crc)\n"
+                             "header = struct.pack('>IIBBBBB', 9**5, 9**5, 8, 2, 0, 0, 0)\n"
+                             "open('b.png', 'wb').write(b'\\x89PNG\\r\\n\\x1a\\n' + chunk(b'IHDR', header)\n"
+                             "    + chunk(b'IDAT', zlib.compress(bytes(9**6))) + chunk(b'IEND', b''))\n"
+                             "Image.open('b.png').load()", {"error", "memory"}),
     "a large picture": ("Image.new('RGB', (30000, 30000)).tobytes()", {"memory", "error"}),
     "a traced exit": ("import sys\nsys.settrace(lambda *_: 1 / 0)\nsys.setprofile(lambda *_: None)\nx = 1", {"ok", "error", "died"}),
     "patching what reports": ("import os, json\nos.write = json.dumps = print", {"ok", "died"}),
@@ -751,8 +766,13 @@ def test_workers_run_side_by_side(pool):
 
 
 def test_no_more_calls_than_the_queue_holds_are_taken_in(pool, monkeypatch):
-    taken = []
-    monkeypatch.setattr(interpreter.InterpreterPool, "_work", lambda self, call, work=pool._work: (taken.append(len(self._calls)), work(call))[1])
+    taken, work = [], pool._work
+
+    def watched(call):
+        taken.append(len(pool._calls))
+        return work(call)
+
+    monkeypatch.setattr(pool, "_work", watched)
 
     async def many():
         await asyncio.gather(*(pool.run("1") for _ in range(15)))
