@@ -1,7 +1,7 @@
 """The warm process behind interpreter.py: it forks, confines and watches one child per call — report 2.2 and 4.4.
 
 The zygote has numpy and PIL loaded, never runs what a model wrote, keeps the time, kills, and clears up. Each child is
-confined, in this order, by a session of its own, a spare user, rlimits, Landlock, seccomp and the audit hook; as root the
+confined, in this order, by a process group of its own, a spare user, rlimits, Landlock, seccomp and the audit hook; as root the
 zygote has a network and mounts of its own. What they are for stands in interpreter.py.
 
 The parent sends a request as JSON and pixels, or an empty message to cancel; it gets the fields of an Observation. At
@@ -245,7 +245,7 @@ class Zygote:
 
     def _confine(self, output, verdict, ruleset, hook):
         """Give up everything that a program does not need. Returns what could not be given up, in words."""
-        os.setsid()
+        os.setpgid(0, 0)
         if self.user is not None:
             os.setgroups([])
             os.setresgid(self.user, self.user, self.user)
