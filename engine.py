@@ -124,8 +124,8 @@ class Engine:
     async def generate(self, request, on_token=None, on_draw=None):
         """Answer a request. Returns Completion; raises EngineError for an impossible one. Cancelling frees the slot.
 
-        on_token: called with every new id as it comes (streaming); on_draw: with the id, its log-prob and the logits (U,) that it
-        was drawn from; neither may raise.
+        on_token: called with every new id as it comes (streaming); on_draw: with the id, its log-prob and the logits (U,)
+        that it was drawn from; neither may raise.
         """
         self._check(request)
         row = _Row(request, asyncio.get_running_loop().create_future(), on_token, on_draw)
@@ -280,14 +280,14 @@ class Engine:
         settings = torch.tensor([(row.request.temperature, row.request.top_p, uniform(row.request.seed, len(row.logprobs)))
                                  for row in rows] + [(1.0, 1.0, 0.0)] * (len(logits) - len(rows)), dtype=torch.float64)  # fmt: skip
         chosen, logprobs = draw(logits, *settings.to(logits.device).unbind(dim=1), never=(self.model.media_pad,))
-        for row, token, logprob, drawn_from in zip(rows, chosen.tolist(), logprobs.tolist(), logits):
+        for i, (row, token, logprob) in enumerate(zip(rows, chosen.tolist(), logprobs.tolist())):
             row.ids.append(token)
             row.logprobs.append(logprob)
             row.versions.append(self.version)
             if row.on_token:
                 row.on_token(token)
             if row.on_draw:
-                row.on_draw(token, logprob, drawn_from)
+                row.on_draw(token, logprob, logits[i])
             if token in row.request.stop_ids:
                 self._finish(row, "stop")
             elif len(row.logprobs) == row.request.max_new_tokens:

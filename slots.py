@@ -90,8 +90,8 @@ def draw(logits, temperature, top_p, uniforms, never=()):
     last = torch.where(kept > 0, torch.arange(kept.shape[1], device=kept.device), 0).amax(dim=-1)
     chosen = torch.searchsorted(cdf, uniforms[:, None] * cdf[:, -1:], right=True)[:, 0].minimum(last)  # rounding may pass it
     if greedy.any():
-        logits[:, list(never)] = -math.inf
-        chosen = torch.where(greedy, logits.argmax(dim=-1), chosen)
+        allowed = logits.index_fill(1, torch.tensor(list(never), dtype=torch.long, device=logits.device), -math.inf)
+        chosen = torch.where(greedy, allowed.argmax(dim=-1), chosen)
     return chosen, logprobs.gather(1, chosen[:, None])[:, 0]
 
 

@@ -176,8 +176,9 @@ def test_an_impossible_token_is_never_drawn(seed, uniform_):
 
 def test_greedy_takes_the_largest_logit_that_may_be_drawn():
     logits = torch.tensor([[1.0, 9.0, 5.0], [1.0, 0.0, 5.0]])
-    chosen, logprobs = draw(logits.clone(), ones(2, 0.0), ones(2, 0.5), ones(2, 0.5), never=(1,))
-    assert chosen.tolist() == [2, 2]
+    before = logits.clone()
+    chosen, logprobs = draw(logits, ones(2, 0.0), ones(2, 0.5), ones(2, 0.5), never=(1,))
+    assert chosen.tolist() == [2, 2] and torch.equal(logits, before)
     assert_close(logprobs, logits.log_softmax(dim=1)[:, 2], 1e-6)
 
 
