@@ -56,10 +56,13 @@ import time
 import uuid
 from collections import OrderedDict
 
+from safetensors import SafetensorError
+
 from engine import Completion, Engine, EngineError, Request
 from k25 import load
 from media import merged_tokens
 from records import Recorder, Turn, read_records, reads, splice
+from rollout import derive
 from template import TemplateError, render_ids
 from tokenizer import Tokenizer
 from wire import Answer, ApiError, GatewayError, Settings, parse_body, read_picture, read_request, shown
@@ -92,29 +95,31 @@ def _is_loopback(host):
 
 def _seed_of(seed, choice):
     """The seed of one of n choices: the request's own for the first."""
-    return seed if not choice else int.from_bytes(hashlib.blake2b(f"{seed}/choice {choice}".encode(), digest_size=8).digest(), "little")
+    return derive(seed, "choice", choice) if choice else seed
 
 
 class Gateway:
     """The endpoint. Serves from one event loop; `update` may be called from any thread.
 
-    model: K25, of which the engine makes a copy, or an Engine to share; name: str — by which it is asked for; record: directory or None;
-    slots, capacity, version: of the engine (default: min(max_position_embeddings, 4096) tokens); thinking: bool — for requests that do not
-    say; tokenizer: default bytes. Takes the bearer token from the environment. Raises GatewayError.
+    model: K25, of which the engine makes a copy, or an Engine to share; name: str — by which it is asked for; record: a directory,
+    held while it serves, or None; slots, capacity, version, deterministic: of the engine (default: as many tokens as the model
+    has positions, at most 4096); thinking: bool — for requests that do not say; tokenizer: default bytes. Takes the bearer
+    token from the environment. Raises GatewayError.
     """
 
-    def __init__(self, model, *, name="k25", record=None, slots=64, capacity=None, version=0, thinking=True, tokenizer=None,
-                 settings=Settings()):  # fmt: skip
+    def __init__(self, model, *, name="k25", record=None, slots=64, capacity=None, version=0, deterministic=True, thinking=True,
+                 tokenizer=None, settings=Settings()):  # fmt: skip
         self._web = _web()
         if not isinstance(model, Engine):
-            model = Engine(model, slots, capacity or min(model.config.max_position_embeddings, 4096), version=version)
+            capacity = capacity or min(model.config.max_position_embeddings, 4096)
+            model = Engine(model, slots, capacity, version=version, deterministic=deterministic)
         self.engine, self.name, self.thinking, self.settings = model, name, thinking, settings
         self.tokenizer = tokenizer or Tokenizer(self.engine.model.vocab_size)
         self._media = self.engine.model.model.config.media
         self._token = os.environ.get(TOKEN_VARIABLE) or None
         if self._token and not re.fullmatch("[!-~]+", self._token):
             raise GatewayError(f"{TOKEN_VARIABLE} holds characters that no header carries: use visible ASCII without spaces")
-        self._recorder = Recorder(record) if record else None
+        self._record, self._recorder = record, None
         self._requests, self._jobs, self._sessions = 0, set(), OrderedDict()
         self._pictures, self._lock = OrderedDict(), threading.Lock()
         self._loop = self._stopping = None
@@ -127,9 +132,14 @@ class Gateway:
         async def change():
             self.engine.update(model_or_state, version)
 
-        if self._loop is None:
-            return self.engine.update(model_or_state, version)
-        return asyncio.run_coroutine_threadsafe(change(), self._loop).result()
+        try:
+            here = asyncio.get_running_loop()
+        except RuntimeError:  # there is none in this thread
+            here = None
+        if self._loop in (None, here):
+            self.engine.update(model_or_state, version)
+        else:
+            asyncio.run_coroutine_threadsafe(change(), self._loop).result()
 
     def stop(self):
         """End `serve`, from any thread: nobody new, `grace` seconds for running answers."""
@@ -160,6 +170,7 @@ class Gateway:
         if not _is_loopback(host) and not self._token:
             raise GatewayError(f"{host} is reached from other machines: set {TOKEN_VARIABLE}, which clients then send as their API key")
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
+        self._recorder = Recorder(self._record) if self._record else None
         runner = self._web.AppRunner(self.app(), handler_cancellation=True, auto_decompress=False, access_log=None, shutdown_timeout=1.0)
         await runner.setup()
         try:
@@ -179,14 +190,16 @@ class Gateway:
                 await site.stop()
             if self._jobs:
                 await asyncio.wait(self._jobs, timeout=self.settings.grace)
-            for job in self._jobs:
+            for job in list(self._jobs):
                 job.cancel()
         finally:
             await runner.cleanup()
+            if self._recorder:
+                self._recorder.close()
             self._loop = None
 
     def app(self):
-        """The aiohttp application: POST /v1/chat/completions, GET /v1/models, /v1/models/NAME and /health."""
+        """The aiohttp application that `serve` runs: POST /v1/chat/completions, GET /v1/models, /v1/models/NAME and /health."""
         web = self._web
 
         @web.middleware
@@ -199,9 +212,9 @@ class Gateway:
                 failure = error
                 headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status, {})
             except web.HTTPException as error:
-                failure = ApiError(error.status, {404: f"there is nothing at {shown(request.path)}",
-                                                  405: f"{request.path} takes {error.headers.get('Allow')}",
-                                                  413: f"the body is larger than {self.settings.body} bytes"}.get(error.status, error.reason))  # fmt: skip
+                words = {404: f"there is nothing at {shown(request.path)}", 413: f"the body is larger than {self.settings.body} bytes",
+                         405: f"{shown(request.path)} takes {error.headers.get('Allow')}"}  # fmt: skip
+                failure = ApiError(error.status, words.get(error.status, error.reason))
                 headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
             return web.json_response(failure.body(), status=failure.status, headers=headers)
 
@@ -271,7 +284,10 @@ class Gateway:
         except TemplateError as error:
             place = re.match(r"message (\d+)", str(error))
             raise ApiError(400, str(error), f"messages[{place[1]}]" if place else "messages") from None
-        return pictures, [self._recorder.keep(picture.item) for picture in pictures] if self._recorder else [], ids
+        try:
+            return pictures, [self._recorder.keep(picture.item) for picture in pictures] if self._recorder else [], ids
+        except (OSError, SafetensorError) as error:
+            raise ApiError(500, f"the pictures cannot be recorded ({error}): nothing unrecorded is answered") from None
 
     def _picture(self, url, where):
         """A Picture, the same object as long as it is remembered: the engine knows what it has encoded by that."""
@@ -302,7 +318,7 @@ class Gateway:
         try:
             return await (self._stream(request, task) if asked.stream else self._whole(task))
         finally:
-            await task.end()
+            task.end()
 
     def _turns(self, session):
         """The answers of a session, oldest first; the longest unused session is forgotten."""
@@ -392,10 +408,12 @@ class _Task:
         for answer in self.answers:
             if queue:
                 answer.emit = lambda answer, delta: queue.put_nowait((answer, delta, answer.pending()))
-            request = Request(self.prompt, items, self.max_tokens, self.asked.temperature, self.asked.top_p, self.gateway.tokenizer.stop_ids,
-                              _seed_of(self.asked.seed, answer.index), session=None if answer.index else self.asked.session)  # fmt: skip
+            request = Request(self.prompt, items, self.max_tokens, self.asked.temperature, self.asked.top_p,
+                              self.gateway.tokenizer.stop_ids, _seed_of(self.asked.seed, answer.index),
+                              session=None if answer.index else self.asked.session)  # fmt: skip
             self.jobs.append(asyncio.ensure_future(self._generate(answer, request)))
-        self.gateway._jobs.update(self.jobs)
+            self.gateway._jobs.add(self.jobs[-1])
+            self.jobs[-1].add_done_callback(self.gateway._jobs.discard)
 
     async def _generate(self, answer, request):
         """Sample one choice, going on after the engine was emptied (`abort_all`), to its end or a stop string."""
@@ -409,7 +427,7 @@ class _Task:
                         raise
                     done = Completion((), (), (), "stop")
                 if done.finish != "aborted":
-                    return answer.close(done)
+                    return answer.close(done.finish)
                 request = dataclasses.replace(request, prefix=done)
         finally:
             if answer.emit:
@@ -435,14 +453,12 @@ class _Task:
             ]  # fmt: skip
             del self.turns[:-256]
 
-    async def end(self):
-        """Stop what still runs, since nobody waits for it, and write down what there is."""
+    def end(self):
+        """Write down what there is and stop what still runs, since nobody waits for it."""
+        with contextlib.suppress(OSError):  # `settle` has said so
+            self._write()
         for job in self.jobs:
             job.cancel()
-        await asyncio.gather(*self.jobs, return_exceptions=True)
-        self.gateway._jobs.difference_update(self.jobs)
-        with contextlib.suppress(OSError):
-            self._write()
 
     def _write(self):
         recorder, asked = self.gateway._recorder, self.asked
@@ -473,6 +489,7 @@ def main(arguments=None):
     part.add_argument("--instant", action="store_true", help="no thinking unless a request asks for it (the toy is trained for that)")
     part.add_argument("--slots", type=int, default=64, help="answers computed at once")
     part.add_argument("--capacity", type=int, help="most tokens of a prompt and its answer (default: the model's, at most 4096)")
+    part.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=True, help="the same bits in any company")
     part.add_argument("--device", default="cpu")
     part.add_argument("--tokenizer", help="a released tiktoken.model; default: bytes")
     limits = part.add_argument_group("limits")
@@ -485,7 +502,8 @@ def main(arguments=None):
             raise GatewayError("--slots and --capacity must be at least 1, --port between 0 and 65535")
         directory = pathlib.Path(flags.model)
         model = load(directory / "model" if (directory / "model").is_dir() else directory, device=flags.device)
-        gateway = Gateway(model, name=flags.name, record=flags.record, slots=flags.slots, capacity=flags.capacity, thinking=not flags.instant,
+        gateway = Gateway(model, name=flags.name, record=flags.record, slots=flags.slots, capacity=flags.capacity,
+                          deterministic=flags.deterministic, thinking=not flags.instant,
                           tokenizer=Tokenizer(model.config.vocab_size, flags.tokenizer),
                           settings=Settings(**{f.name: getattr(flags, f.name) for f in dataclasses.fields(Settings)}))  # fmt: skip
         asyncio.run(gateway.serve(flags.host, flags.port, lambda url: print(f"gateway.py: {flags.name} at {url}", flush=True)))

@@ -7,7 +7,7 @@ An agent sends its whole conversation as text each time. `splice` puts the ids t
 answers' texts, so that the later prompt begins with the earlier one and its answer; `read_records` then makes one
 rollout of both.
 
-Public names: RecordError, Recorder, Turn, read_records, reads, splice.     Tests: pytest tests/test_gateway.py
+Public names: RecordError, Recorder, Turn, read_lines, read_records, reads, splice.     Tests: pytest tests/test_gateway.py
 """
 
 import errno
@@ -16,12 +16,14 @@ import json
 import os
 import pathlib
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from checkpoint import load_tensors, save_tensors
 from media import MediaItem
+from rollout import Info, Rollout
+from template import ToolCall
 
 
 class RecordError(ValueError):
@@ -137,30 +139,27 @@ class Recorder:
 # ---------------------------------------------------------------------------------------------- rollouts
 
 
-@dataclass(frozen=True)
-class Rollout:
-    ids: tuple
-    generated: tuple
-    logprobs: tuple
-    versions: tuple
-    items: tuple
-    session: object
-    requests: tuple
-    temperature: float
-
-
 @dataclass
 class _Chain:
-    """Turns of one session, each of which begins with all before it."""
+    """Answers of one session, each to a prompt that begins with all before it."""
 
-    session: str | None
+    task: str
+    seed: int
     temperature: float
-    ids: list
-    generated: list
-    logprobs: list
-    versions: list
-    media: list
-    requests: list
+    asked: tuple  # ids and media of the first prompt
+    ids: list = field(default_factory=list)
+    media: list = field(default_factory=list)
+    generated: list = field(default_factory=list)
+    logprobs: list = field(default_factory=list)
+    versions: list = field(default_factory=list)
+    calls: list = field(default_factory=list)
+    finish: str = ""
+
+    def begins(self, record):
+        """Whether a record's prompt begins with all of this."""
+        ids, media = record["prompt"], record["media"]
+        return (self.temperature == record["temperature"] and len(self.ids) < len(ids) and ids[: len(self.ids)] == self.ids
+                and media[: len(self.media)] == self.media)  # fmt: skip
 
 
 def read_lines(directory):
@@ -177,43 +176,50 @@ def read_lines(directory):
             raise RecordError(f"{path}, line {number}: damaged ({error})") from None
 
 
-def read_records(directory):
+def read_records(directory, rewards=None):
     """Recorded answers as rollouts, in the order of their first requests. Returns a list of Rollout; raises RecordError.
 
     A request of a session whose prompt begins with an earlier prompt and its answer (ids and pictures) goes on with that
-    rollout, if it was sampled at the same temperature. Several may begin so: the first goes on, the others stand alone, so that
-    every sampled token is a generated token of exactly one rollout. Answers that were never finished (the client had
+    rollout, if it was sampled at the same temperature. Several may begin so: the first goes on, the others stand alone, so
+    that every sampled token is a generated token of exactly one rollout. Answers that were never finished (the client had
     left) are left out.
+
+    info.task is the session, or the id of a request that had none. rewards: {task: float}; a rollout that has none there is
+    not valid, since nothing is known of it, nor is a greedy one. group: rollouts whose first prompts are the same are one.
     """
-    directory, chains, items = pathlib.Path(directory), [], {}
+    directory, chains, sessions = pathlib.Path(directory), [], {}
     for record in read_lines(directory):
         for answer in record["answers"]:
             if answer["finish"] == "cancelled":
                 continue
-            chain = _longest(chains, record)
+            task = record["id"] if record["session"] is None else record["session"]
+            own = sessions.setdefault(task, [])
+            chain = max((chain for chain in own if chain.begins(record)), key=lambda chain: len(chain.ids), default=None)
             if chain is None:
-                chains.append(chain := _Chain(record["session"], record["temperature"], [], [], [], [], [], []))
-            new = len(record["prompt"]) - len(chain.ids)
-            chain.generated += [False] * new + [True] * len(answer["ids"])
+                chain = _Chain(task, answer["seed"], record["temperature"], (tuple(record["prompt"]), tuple(record["media"])))
+                chains.append(chain)
+                own.append(chain)
+            chain.generated += [False] * (len(record["prompt"]) - len(chain.ids)) + [True] * len(answer["ids"])
             chain.logprobs += answer["logprobs"]
             chain.versions += answer["versions"]
             chain.ids, chain.media = record["prompt"] + answer["ids"], record["media"]
-            chain.requests.append(record["id"])
+            chain.calls += map(_tool_call, answer["message"].get("tool_calls", ()))
+            chain.finish = "length" if answer["finish"] == "length" else "stop"
+    items, groups, rollouts = {}, {}, []
     for content in {content for chain in chains for content in chain.media}:
         tensors = load_tensors(directory / "items" / f"{content}.safetensors")
         items[content] = MediaItem(tensors["patches"], tuple(tensors["grid"].tolist()))
-    return [
-        Rollout(tuple(c.ids), tuple(c.generated), tuple(c.logprobs), tuple(c.versions), tuple(items[m] for m in c.media), c.session, tuple(c.requests), c.temperature)
-        for c in chains
-    ]
+    for chain in chains:
+        reward = (rewards or {}).get(chain.task)
+        reason = "greedy: drawn from no distribution" if chain.temperature == 0 else "not rewarded" if reward is None else ""
+        info = Info(chain.task, chain.seed, chain.finish, tuple(chain.calls), chain.temperature, reason)
+        rollouts.append(Rollout(tuple(chain.ids), tuple(chain.generated), tuple(chain.logprobs), tuple(chain.versions),
+                                tuple(items[content] for content in chain.media), 0.0 if reward is None else float(reward), not reason,
+                                groups.setdefault(chain.asked, len(groups)), info))  # fmt: skip
+    return rollouts
 
 
-def _longest(chains, record):
-    """The chain of the record's session with which its prompt begins; None where there is none."""
-    fitting = [
-        chain for chain in chains
-        if chain.session is not None and chain.session == record["session"] and chain.temperature == record["temperature"]
-        and len(chain.ids) < len(record["prompt"]) and record["prompt"][: len(chain.ids)] == chain.ids
-        and record["media"][: len(chain.media)] == chain.media
-    ]  # fmt: skip
-    return max(fitting, key=lambda chain: len(chain.ids), default=None)
+def _tool_call(call):
+    """A recorded call as the template's."""
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    return ToolCall(call["id"], name, int(call["id"].rpartition(":")[2]), json.loads(arguments), arguments)

@@ -65,8 +65,8 @@ class Settings:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            if not getattr(self, f.name) >= (0 if f.name == "grace" else 1):
-                raise GatewayError(f"{f.name} is {getattr(self, f.name)}: it must be at least {0 if f.name == 'grace' else 1}")
+            if not getattr(self, f.name) > 0 and (f.name, getattr(self, f.name)) != ("grace", 0):
+                raise GatewayError(f"{f.name} is {getattr(self, f.name)}: it must be positive")
 
 
 # --------------------------------------------------------------------------------------- reading a request
@@ -339,9 +339,9 @@ class Answer:
         if token not in self.tokenizer.stop_ids:
             self._show(self._parser.feed(self._decoder.feed(token)))
 
-    def close(self, completion):
-        """The end: what was held back because something might have followed. completion: of the engine."""
-        self.finish = completion.finish
+    def close(self, finish):
+        """The end: what was held back because something might have followed. finish: "stop" | "length" — of the engine."""
+        self.finish = finish
         if not self.stopped:
             self._show(self._parser.feed(self._decoder.close(), final=True))
             self._release(len(self._held))
