@@ -64,7 +64,7 @@ class Info:
     seed: int = 0
     finish: str = ""  # of the last answer: "stop" | "length"; "" when there was none
     calls: tuple[ToolCall, ...] = ()  # well-formed tool calls, in order
-    temperature: float = 1.0  # of the sampling
+    temperature: float | None = None  # of the sampling; None when there was none
     reason: str = ""  # why it is not valid
 
     def __str__(self):
@@ -119,12 +119,13 @@ class Conversation:
     A turn's parts are str, MediaItem (a picture) or a list of MediaItem (the chunks of a clip).
     """
 
-    __slots__ = ("tokenizer", "thinking", "name", "ids", "generated", "logprobs", "versions", "items", "calls", "finish", "session")
+    __slots__ = ("tokenizer", "thinking", "name", "ids", "generated", "logprobs", "versions", "items", "calls", "finish", "session",
+                 "temperature")  # fmt: skip
 
     def __init__(self, tokenizer, tools=None, thinking=True, tools_format="typescript", name=0):
         self.tokenizer, self.thinking, self.name = tokenizer, thinking, name
         self.ids, self.generated, self.logprobs, self.versions = array("i"), bytearray(), array("d"), array("i")
-        self.items, self.calls, self.finish = [], [], ""
+        self.items, self.calls, self.finish, self.temperature = [], [], "", None
         self.session = object()  # the engine's key to its cache
         if tools:
             self._append(render_ids([], tokenizer, tools=tools, tools_format=tools_format, add_generation_prompt=False))
@@ -168,7 +169,7 @@ class Conversation:
 
     def rollout(self, reward=0.0, valid=True, group=0, info=Info()):
         """The conversation as a Rollout; info is completed by what the conversation knows."""
-        info = dataclasses.replace(info, finish=self.finish, calls=tuple(self.calls))
+        info = dataclasses.replace(info, finish=self.finish, calls=tuple(self.calls), temperature=self.temperature)
         return Rollout(tuple(self.ids), tuple(map(bool, self.generated)), tuple(self.logprobs), tuple(self.versions),
                        tuple(self.items), reward, valid, group, info)  # fmt: skip
 
@@ -233,15 +234,19 @@ class Handle:
         self._conversations.append(Conversation(self.manager.tokenizer, tools, thinking, name=name, **options))
         return self._conversations[-1]
 
-    async def answer(self, conversation, max_new_tokens=None):
+    async def answer(self, conversation, sampling=None):
         """Sample the next answer of a conversation; returns a Message, see `Conversation.answer`.
 
-        max_new_tokens: default the manager's. An answer that was aborted goes on. Where the capacity leaves no room,
-        nothing is sampled: finish "length".
+        sampling: Sampling, default the manager's. An answer that was aborted goes on. Where the capacity leaves no room,
+        nothing is sampled: finish "length". Raises RolloutError for a second temperature: who trains on it knows one.
         """
-        engine, sampling = self.manager.engine, self.manager.sampling
+        engine, sampling = self.manager.engine, sampling or self.manager.sampling
+        if conversation.temperature not in (None, sampling.temperature):
+            raise RolloutError(f"a conversation sampled at temperature {conversation.temperature} goes on at {sampling.temperature}: "
+                               "keep to one")  # fmt: skip
+        conversation.temperature = sampling.temperature
         conversation.prompt()
-        room = min(max_new_tokens or sampling.max_new_tokens, engine.capacity - len(conversation.ids))
+        room = min(sampling.max_new_tokens, engine.capacity - len(conversation.ids))
         if room < 1:
             conversation.finish = "length"
             return Message("", "", (), (f"the context of {engine.capacity} tokens is full",))
@@ -266,8 +271,7 @@ class Handle:
     def rollout(self, conversation, reward=0.0, valid=True, reason=""):
         """A conversation as the Rollout of this handle. reward: float; valid: False when the reward could not be found,
         reason: why."""
-        temperature = self.manager.sampling.temperature
-        return conversation.rollout(float(reward), valid, self.group, Info(self.name, self.seed, temperature=temperature, reason=reason))
+        return conversation.rollout(float(reward), valid, self.group, Info(self.name, self.seed, reason=reason))
 
     def _failed(self, error):
         """An invalid Rollout of as much as there is."""

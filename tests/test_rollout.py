@@ -107,8 +107,9 @@ def test_a_conversation_is_what_the_template_writes(history):
     result = talk.rollout()
     assert list(result.ids) == rendered(len(messages), False)
     assert [i for i, own in enumerate(result.generated) if own] == sampled
-    assert [id(item) for item in result.items] == [id(i) for _, parts in [t for t in turns if t[0] == "user"] for part in parts
-                                                   if not isinstance(part, str) for i in (part if isinstance(part, list) else [part])]  # fmt: skip
+    pictures = [part for turn, *said in turns if turn == "user" for part in said[0] if not isinstance(part, str)]
+    shown = [chunk for part in pictures for chunk in (part if isinstance(part, list) else [part])]
+    assert len(result.items) == len(shown) and all(a is b for a, b in zip(result.items, shown))
     for message, written in answers:
         assert (message.content, message.reasoning, message.errors) == (written["content"], written["reasoning_content"], ())
         assert [(c.id, c.raw) for c in message.tool_calls] == [(c["id"], c["function"]["arguments"]) for c in written.get("tool_calls", ())]
@@ -190,7 +191,8 @@ def test_a_digest_sees_the_last_bit_of_everything():
     patches[0, 0] += 1e-6
     others = [dataclasses.replace(base, **change) for change in (
         {"ids": (1, 3)}, {"generated": (True, False)}, {"logprobs": (-1.0 - 2**-52,)}, {"versions": (1,)}, {"reward": 0.25},
-        {"items": (MediaItem(patches, ITEMS[0].grid),)}, {"items": ()}, {"valid": False}, {"group": 4}, {"info": Info("t", 5)})]  # fmt: skip
+        {"items": (MediaItem(patches, ITEMS[0].grid),)}, {"items": ()}, {"valid": False}, {"group": 4},
+        {"info": Info("t", 5)})]  # fmt: skip
     assert len({digest(rollout) for rollout in [base, *others]}) == len(others) + 1
     assert digest(dataclasses.replace(base, items=(MediaItem(ITEMS[0].patches.clone(), ITEMS[0].grid),))) == digest(base)
 
@@ -218,7 +220,7 @@ async def play(task, handle, seed):
     talk.user(*([ITEMS[seed % 3]] if seed % 3 else []), f"{task} {rng.randrange(100)}")
     aside = handle.conversation(name="aside")
     aside.user("aside")
-    _, message = await asyncio.gather(handle.answer(talk), handle.answer(aside, 3))
+    _, message = await asyncio.gather(handle.answer(talk), handle.answer(aside, Sampling(3)))
     await wait()
     if task != "sub" and seed % 2:
         below = await asyncio.gather(*(handle.spawn("sub", name=i) for i in range(2)))
@@ -301,7 +303,7 @@ async def one_answer(task, handle, seed):
     """An answer as long as the task says."""
     talk = handle.conversation()
     talk.user("q")
-    await handle.answer(talk, task)
+    await handle.answer(talk, Sampling(task))
     return handle.rollout(talk)
 
 
@@ -362,13 +364,15 @@ def test_a_failing_environment_is_one_invalid_rollout_and_disturbs_no_other():
     async def sometimes(task, handle, seed):
         talk = handle.conversation()
         talk.user("q")
-        await handle.answer(talk, 4)
+        await handle.answer(talk, Sampling(4))
         if task == "raise":
             raise ValueError("the verifier broke")
         if task == "none":
             return None
         if task == "cancel":
             raise asyncio.CancelledError("by itself")
+        if task == "hotter":
+            await handle.answer(talk, Sampling(4, temperature=1.5))
         if task == "request":
             talk.ids[0] = 9999
             await handle.answer(talk)
@@ -376,17 +380,18 @@ def test_a_failing_environment_is_one_invalid_rollout_and_disturbs_no_other():
 
     async def script():
         boss = manager(sometimes)
-        for number, task in enumerate(["fine", "raise", "none", "cancel", "request", "fine"]):
+        for number, task in enumerate(["fine", "raise", "none", "cancel", "request", "hotter", "fine"]):
             boss.submit(task, [number], name=task)
-        return await boss.collect(6), boss.engine.running, boss.live
+        return await boss.collect(7), boss.engine.running, boss.live
 
     groups, *held = asyncio.run(script())
     rollouts = [r for r, in groups]
-    assert held == [0, 0] and [r.valid for r in rollouts] == [True, False, False, False, False, True]
+    assert held == [0, 0] and [r.valid for r in rollouts] == [True, False, False, False, False, False, True]
     reasons = ["", "ValueError: the verifier broke", "RolloutError: the environment returned a NoneType", "CancelledError: by itself",
-               "EngineError: id 9999 lies outside the vocabulary of 512", ""]  # fmt: skip
+               "EngineError: id 9999 lies outside the vocabulary of 512",
+               "RolloutError: a conversation sampled at temperature 1.0 goes on at 1.5: keep to one", ""]  # fmt: skip
     assert [r.info.reason for r in rollouts] == reasons
-    assert all(len(r.logprobs) == 4 for r in rollouts) and [r.reward for r in rollouts] == [1.0, 0, 0, 0, 0, 1.0]
+    assert all(len(r.logprobs) == 4 for r in rollouts) and [r.reward for r in rollouts] == [1.0, 0, 0, 0, 0, 0, 1.0]
 
 
 def test_cancelling_leaves_no_task_no_slot_and_no_unfinished_group():
@@ -439,11 +444,11 @@ def test_subtasks_need_no_slot_of_their_parents():
     async def deep(task, handle, seed):
         talk = handle.conversation()
         talk.user(f"level {task}")
-        await handle.answer(talk, 2)
+        await handle.answer(talk, Sampling(2))
         if task:
             below, = await asyncio.gather(handle.spawn(task - 1))
             talk.user(str(below.reward))
-        await handle.answer(talk, 2)
+        await handle.answer(talk, Sampling(2))
         return handle.rollout(talk, reward=task)
 
     async def script():
@@ -511,7 +516,7 @@ def test_earlier_groups_are_served_first():
         talk = handle.conversation()
         for _ in range(2):
             talk.user("q")
-            await handle.answer(talk, 3)
+            await handle.answer(talk, Sampling(3))
         finished.append(seed)
         return handle.rollout(talk)
 
@@ -529,7 +534,7 @@ def test_a_full_context_ends_a_conversation_and_samples_nothing():
     async def long(task, handle, seed):
         talk = handle.conversation()
         talk.user("x" * task)
-        message = await handle.answer(talk, 8)
+        message = await handle.answer(talk, Sampling(8))
         return handle.rollout(talk, reward=len(message.errors))
 
     async def script():
