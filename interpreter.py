@@ -8,27 +8,28 @@
         observation = pool.call("print(1)")                      the same for a caller without an event loop
 
 A call has an empty folder with its pictures, `image.png`, `image1.png`, …; numpy is bound as `np`, PIL's Image as `Image`.
-It has nothing else: no network, one process with one thread, its limits of time, memory and disk, an environment without
-anything of ours. The same program gives the same text: hashes and `random` are seeded, addresses are left out.
+It has nothing else: no network, one process with one thread, limits of time, memory and disk, an environment without
+anything of ours. The same program gives the same text: hashes, `random` and `np.random` are seeded, addresses left out.
 
-Each worker is a warm process, the *zygote*, which forks a child per call. So a call costs milliseconds, and
-nothing of it outlives it: variables, patched modules, files, random state, all end with the child. The zygote never runs
-what a model wrote; it keeps the time, kills, clears up, and is replaced if it dies.
+Each worker is a warm process, the *zygote* (zygote.py), which forks a child per call. So a call costs milliseconds, and
+nothing of it outlives it: variables, patched modules, files and random state end with the child, and what the zygote
+held of it in memory is overwritten when freed. The zygote never runs what a model wrote; it keeps the time, kills, clears
+up, and is replaced if it dies.
 
-What confines the child, each layer without the others:
+What confines the child:
     rlimits           CPU time, address space, file size, open files, no further process or thread
     user              as root: a random user id that owns nothing
-    namespaces        as root: no network devices, a private file system of limited size as its folder
-    Landlock          (Linux 5.13) files: reads the Python libraries, writes its folder, nothing else
-    seccomp           (x86-64, arm64) about 90 system calls and no others: no socket, exec, fork, kill, ptrace, mount
-    audit hook        of sandbox.py: says in words what is refused, and is all that refuses where the kernel does not
-`Interpreter.notes` names the layers that are missing on a machine.
+    namespaces        as root: no network devices; as its folder, a file system of limited size
+    Landlock          (Linux 5.13) files: reads Python's libraries and /usr, writes its folder, nothing else
+    seccomp           (x86-64, arm64) some 90 system calls and no others: no socket, exec, fork, kill, ptrace, mount
+    audit hook        of sandbox.py: says in words what is refused; where the kernel gives nothing, all that refuses
+`notes` names the layers that a machine does not give.
 
-It protects against programs that go wrong, cheat, or try what a hostile program tries from Python or through native code
-that it talks numpy or PIL into running. It does not protect against faults of the kernel or the processor (side
-channels, a kernel bug behind an allowed system call), it shows names and sizes of files outside, and without seccomp and
-Landlock, as on macOS, it stops nobody who means to break out. For such programs, put the whole trainer's tools
-into a virtual machine.
+It protects against programs that go wrong, that cheat, and that try from Python, or through native code that they talk
+numpy or PIL into running, what hostile programs try. It does not protect against a fault of the kernel or the processor
+(side channels, a bug behind an allowed system call); names and sizes of files outside can be asked for; and past the audit
+hook, short scraps of earlier programs may be found in memory. Without seccomp and Landlock, as on macOS, it stops nobody
+who means to break out. Whoever expects such programs puts the tools into a virtual machine.
 
 Public names: LIMITS, Observation, InterpreterError, Interpreter, InterpreterPool, main.
 Tests: pytest tests/test_interpreter.py
@@ -118,7 +119,7 @@ class _Call:
 
 
 class Interpreter:
-    """One worker: a zygote and the calls that it answers one after the other. Starts at once, 0.3 s.
+    """One worker: a zygote, started at once, and the calls that it answers one after the other.
 
     limits: Limits; memory_mb is beyond what Python and numpy occupy, output_bytes are characters of an Observation's
     text, cpu_seconds holds per call.  notes: layers of protection that this machine does not give, in words.
@@ -333,36 +334,56 @@ def _picture(side):
     return image
 
 
+def _time(interpreter, code, images, calls):
+    """Medians over calls, in seconds: by the caller's clock, of processor time, and of each part; and the last status."""
+    for _ in range(20):
+        interpreter.run(code, images)
+    rows = []
+    for _ in range(calls):
+        begun, used = time.perf_counter(), time.process_time()
+        observation = interpreter.run(code, images)
+        seconds = time.perf_counter() - begun
+        processor = time.process_time() - used + observation.split["processor"]
+        rows.append(observation.split | {"caller": seconds - observation.seconds, "seconds": seconds, "processor": processor})
+    return {"status": observation.status} | {part: statistics.median(row[part] for row in rows) for part in rows[0]}
+
+
+async def _together(pool, calls):
+    """Calls per second of a pool that many coroutines use at once."""
+    begun = time.perf_counter()
+    await asyncio.gather(*(pool.run("1 + 1") for _ in range(calls)))
+    return calls / (time.perf_counter() - begun)
+
+
 def bench(options):
-    """Time small programs on one worker, and on as many as there are cores. Returns the exit code."""
+    """Time small programs on one worker, and one of them on as many as there are cores. Returns the exit code.
+
+    calls/s: by the caller's clock, one call after the other; calls/s per core: from the processor time of caller,
+    zygote and child, which leaves out the time that other people's work took.
+    """
     if options.calls < 1:
         raise InterpreterError(f"{options.calls} calls give no median: ask for at least 1")
-    rows = []
+    figures = {"calls": options.calls, "programs": {}}
     print(f"{'program':18} {'ms':>6} {'calls/s':>8} {'CPU ms':>7} {'calls/s per core':>17}    of which, ms")
     with Interpreter() as interpreter:
         for name, (code, side) in BENCH.items():
-            images = [_picture(side)] if side else []
-            for _ in range(20):
-                interpreter.run(code, images)
-            clock, cpu, splits = [], [], []
-            for _ in range(options.calls):
-                begun, used = time.perf_counter(), time.process_time()
-                observation = interpreter.run(code, images)
-                clock.append(time.perf_counter() - begun)
-                splits.append(observation.split | {"caller": clock[-1] - observation.seconds})
-                cpu.append(time.process_time() - used + observation.split["processor"])
-            middle = {part: statistics.median(split[part] for split in splits) for part in splits[0]}
-            seconds, processor = statistics.median(clock), statistics.median(cpu)
-            row = {"program": name, "status": observation.status, "seconds": seconds, "processor_seconds": processor} | middle
-            rows.append(row)
-            parts = "  ".join(f"{part} {1e3 * value:.2f}" for part, value in middle.items() if part != "processor")
+            row = figures["programs"][name] = _time(interpreter, code, [_picture(side)] if side else [], options.calls)
+            seconds, processor = row["seconds"], row["processor"]
+            parts = "  ".join(f"{part} {1e3 * row[part]:.2f}" for part in ("folder", "fork", "confine", "run", "end", "caller"))
             print(f"{name:18} {1e3 * seconds:6.2f} {1 / seconds:8.0f} {1e3 * processor:7.2f} {1 / processor:17.0f}    {parts}")
-        for note in interpreter.notes:
-            print(f"note: {note}")
+        figures["notes"] = interpreter.notes
+    workers = figures["workers"] = os.cpu_count() or 1
+    with InterpreterPool(workers) as pool:
+        asyncio.run(_together(pool, 10 * workers))
+        rate = figures["pool_calls_per_second"] = asyncio.run(_together(pool, options.calls * workers))
+    load = figures["load"] = os.getloadavg()[0]
+    print(f"arithmetic, {workers} workers on as many cores, from coroutines: {rate:.0f} calls/s; load of the machine {load:.1f}")
+    for note in figures["notes"]:
+        print(f"note: {note}")
     if options.out:
         from checkpoint import write_file  # here: it loads torch
 
-        write_file(options.out, json.dumps(rows, indent=1) + "\n")
+        write_file(options.out, json.dumps(figures, indent=1) + "\n")
     return 0
 
 
