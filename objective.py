@@ -203,14 +203,14 @@ def policy_objective_reference(
     """
     _check(logprobs, old_logprobs, engine_logprobs, mask, owner, rewards, groups, valid, tokens, low, high, tau, cap)
     zero = logprobs.flatten()[:0].sum()  # with a gradient, also where nothing counts
-    surrogate = penalty = masked = moved = drift = entropy = zero
+    surrogate, penalty, masked, moved, drift, entropy = zero, zero, 0, 0.0, 0.0, 0.0
     for j in range(len(rewards)):
         if not valid[j]:
             continue
         peers = [rewards[k] for k in range(len(rewards)) if groups[k] == groups[j] and valid[k]]
         advantage = rewards[j] - sum(peers) / len(peers)
-        for i in (mask & (owner == j)).nonzero().tolist():
-            now, old, engine = (x[tuple(i)] for x in (logprobs, old_logprobs.detach(), engine_logprobs.detach()))
+        mine = mask & (owner == j)
+        for now, old, engine in zip(logprobs[mine], old_logprobs.detach()[mine], engine_logprobs.detach()[mine]):
             log_ratio = now - old
             passes = low <= log_ratio <= high and low <= now - engine <= high
             bounded = log_ratio.clamp(low, high)
@@ -218,7 +218,7 @@ def policy_objective_reference(
             surrogate = surrogate + (old - engine).exp().clamp(max=cap) * ratio * advantage
             penalty = penalty + tau * log_ratio**2
             masked = masked + (not passes)
-            moved, drift, entropy = moved + log_ratio.abs(), drift + (now - engine).abs(), entropy - now
+            moved, drift, entropy = moved + log_ratio.detach().abs(), drift + (now.detach() - engine).abs(), entropy - now.detach()
     return _objective(tokens, surrogate, penalty, masked, moved, drift, entropy)
 
 

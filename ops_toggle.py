@@ -155,9 +155,9 @@ def rft_select(responses, rewards, valid, groups, threshold, most):
 
 @st.composite
 def _rft_cases(draw):
-    """Equal rewards of different lengths and equal tokens in one prompt, and whatever else, shuffled."""
+    """Equal rewards of different lengths, a lower one and equal tokens in one prompt, and whatever else, shuffled."""
     top, threshold = draw(st.sampled_from([1.0, 0.75, 0.5])), draw(st.sampled_from([0.5, 0.75]))
-    rows = [([3, 3, 3], top, True, 0), ([1, 2], top, True, 0), ([2, 1], top, True, 0)]
+    rows = [([3, 3, 3], top, True, 0), ([1, 2], top, True, 0), ([2], 0.5, True, 0)]
     rows.append(draw(st.sampled_from(rows)))
     tokens, values = st.sampled_from([[1], [2], [1, 2], [3, 3, 3]]), st.sampled_from([1.0, 0.75, 0.5, 0.0])
     rows += draw(st.lists(st.tuples(tokens, values, st.sampled_from([True, True, False]), st.sampled_from([0, 4])), max_size=4))
