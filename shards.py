@@ -88,7 +88,8 @@ class Watch:
         store = store or dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         self.store = dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         signal.signal(signal.SIGTERM, self._terminated)
-        threading.Thread(target=self._beat, daemon=True).start()
+        self.thread = threading.Thread(target=self._beat, daemon=True)
+        self.thread.start()
 
     def _terminated(self, *_):
         """torchrun terminates all others as soon as one process has died. They have still to say which: what they do
@@ -108,8 +109,10 @@ class Watch:
                 return
 
     def close(self):
-        """No more signs: this process is done."""
+        """No more signs: this process is done. A thread still at the store when Python ends would abort the process."""
         self.over.set()
+        if self.world > 1:
+            self.thread.join(self.silence)
 
     @contextlib.contextmanager
     def during(self, what):
