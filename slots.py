@@ -130,26 +130,34 @@ def experts_in_passes(x, weights, index, gate, up, down, rows=None):
     return torch.cat((total, x.new_zeros(tokens - rows, x.shape[1])))
 
 
-def attend_in_blocks(q_nope, q_rope, blocks, kv_b, visible, scale):
-    """`mla.mla_attention_absorbed` of one query per row, whose result does not depend on how many blocks there are.
+def attend_in_blocks(q_nope, q_rope, groups, kv_b, scale):
+    """`mla.mla_attention_absorbed` of one query per row, whose result does not depend on how many blocks of keys there are.
 
     Every product has the shape of one block, and blocks are added up in their order: one that a row does not see adds 0.
 
-    q_nope: (W,H,N); q_rope: (W,H,P), rotated; blocks: list of (W,KEYS,R+P) — latent and rope_key of the keys, in order —
-    or of (1,KEYS,R+P), the same for all rows; kv_b: (H·(N+V),R); visible: (blocks,W,1,KEYS) bool; scale: float.
-    Returns (W,H·V).
+    q_nope: (W,H,N); q_rope: (W,H,P), rotated; groups: list of (first, last, blocks, visible) — rows first … last − 1, padded
+    to G rows, see the keys of blocks, a list of (G,KEYS,R+P), each row its own, or of (1,KEYS,R+P), all the same: latent
+    and rope_key of the keys, in order; visible: (blocks,G,1,KEYS) bool; kv_b: (H·(N+V),R); scale: float.
+    Returns (W,H·V); 0 for rows of no group.
     """
-    (rows, heads, nope_dim), owners = q_nope.shape, len(blocks[0])
+    rows, heads, nope_dim = q_nope.shape
     up = kv_b.view(heads, -1, kv_b.shape[-1])  # (H,N+V,R)
     query = torch.cat((torch.einsum("whn,hnr->whr", q_nope, up[:, :nope_dim]), q_rope), dim=-1) * scale  # (W,H,R+P)
-    query = query.view(owners, -1, query.shape[-1])  # (W,H,R+P) or (1,W·H,R+P)
-    logits = torch.stack([query @ block.mT for block in blocks]).view(len(blocks), rows, heads, -1)  # (blocks,W,H,KEYS)
-    logits = logits.masked_fill(~visible, -math.inf).to(torch.promote_types(query.dtype, torch.float32))
-    weights = (logits - logits.amax(dim=(0, 3), keepdim=True)).exp()
-    total = sum(weights.sum(dim=-1, keepdim=True))  # (W,H,1)
-    weights = weights.to(query.dtype).view(len(blocks), owners, -1, weights.shape[-1])
-    mixed = sum((part @ block[..., : up.shape[-1]]).to(total.dtype) for part, block in zip(weights, blocks))
-    mixed = (mixed.view(rows, heads, -1) / total).to(query.dtype)  # (W,H,R)
+    mixed = query.new_zeros(rows, heads, up.shape[-1])
+    for first, last, blocks, visible in groups:
+        count, width = visible.shape[:2]
+        own = F.pad(query[first:last], (0, 0, 0, 0, 0, width - (last - first)))
+        own = own.view(len(blocks[0]), -1, own.shape[-1])  # (G,H,R+P) or (1,G·H,R+P)
+        logits = own.new_empty(count, *own.shape[:2], KEYS)
+        for part, block in zip(logits, blocks):
+            torch.bmm(own, block.mT, out=part)
+        logits = logits.view(count, width, heads, KEYS).masked_fill_(~visible, -math.inf)
+        weights = logits.to(torch.promote_types(query.dtype, torch.float32))
+        weights = weights.sub_(weights.amax(dim=-1, keepdim=True).amax(dim=0)).exp_()
+        total = sum(weights.sum(dim=-1, keepdim=True))  # (G,H,1)
+        weights = weights.to(query.dtype).view(count, len(own), -1, KEYS)
+        values = sum((part @ block[..., : up.shape[-1]]).to(total.dtype) for part, block in zip(weights, blocks))
+        mixed[first:last] = (values.view(width, heads, -1) / total)[: last - first].to(query.dtype)
     return torch.einsum("whr,hvr->whv", mixed, up[:, nope_dim:]).flatten(1)
 
 
@@ -293,27 +301,22 @@ class SlotModel:
         config, decoder = self.model.config, self.model.language_model.model
         rows, width = len(x), _fit(widths, len(x))
         x = F.pad(x, (0, 0, 0, width - rows))
-        shapes = []  # of each group: rows of padding, how many times its keys are read, blocks, visible
+        seen = []  # of each group: how often its keys are read, blocks, visible
         for first, last, slot in groups:
-            spare = _fit(widths, last - first) - (last - first)
-            blocks = int(places[first:last].max()) // KEYS + 1
-            keys = torch.arange(blocks * KEYS).view(blocks, 1, KEYS)
-            visible = keys <= F.pad(places[first:last], (0, spare))[:, None]  # (blocks,W,KEYS); padding sees the first key
-            readers = 1 if slot is not None and self._together else visible.shape[1]
-            shapes.append((spare, readers, blocks, visible[:, :, None].to(self.device)))
+            padded = F.pad(places[first:last], (0, _fit(widths, last - first) - (last - first)))  # padding sees the first key
+            blocks = int(padded.max()) // KEYS + 1
+            visible = torch.arange(blocks * KEYS).view(blocks, 1, 1, KEYS) <= padded[:, None, None]  # (blocks,G,1,KEYS)
+            seen.append((1 if slot is not None and self._together else len(padded), blocks, visible.to(self.device)))
         slots, places = slots.to(self.device), places.to(self.device)
         table = rope_table(F.pad(places, (0, width - rows))[:, None], config.qk_rope_head_dim, config.rope_theta, config.yarn,
                            torch.promote_types(x.dtype, torch.float32))  # fmt: skip
         for block in decoder.layers:
-            attention, mixed = block.self_attn, []
+            attention = block.self_attn
             *query, latent, rope_key = (a[:, 0] for a in attention.project(block.input_layernorm(x)[:, None], table))
             self.cache.write(block.index, slots, places, torch.cat((latent, rope_key), dim=-1)[:rows])
-            for (first, last, slot), (spare, readers, blocks, visible) in zip(groups, shapes):
-                own = (F.pad(a[first:last], (0, 0, 0, 0, 0, spare)) for a in query)
-                seen = self.cache.read(block.index, slot, readers, blocks)
-                attended = attend_in_blocks(*own, seen, attention.kv_b_proj.weight, visible, self._scale)
-                mixed.append(attended[: last - first])
-            x = x + attention.o_proj(F.pad(torch.cat(mixed), (0, 0, 0, width - rows)))
+            read = [(first, last, self.cache.read(block.index, slot, readers, blocks), visible)
+                    for (first, last, slot), (readers, blocks, visible) in zip(groups, seen)]  # fmt: skip
+            x = x + attention.o_proj(attend_in_blocks(*query, read, attention.kv_b_proj.weight, self._scale))
             normed = block.post_attention_layernorm(x)
             x = x + (self._experts(block.mlp, normed, rows) if isinstance(block.mlp, MoE) else block.mlp(normed))
         return decoder.norm(x)

@@ -12,6 +12,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -40,7 +41,7 @@ def model(dtype=torch.float32, seed=0, **changes):
 
 
 MODEL = model()
-ENGINE = Engine(MODEL, slots=8, capacity=2 * KEYS)
+ENGINE = Engine(MODEL, slots=8, capacity=2 * KEYS, deterministic=False)
 
 
 def item(seed, grid):
@@ -65,6 +66,11 @@ def requests(count, seed=0, longest=20, **fixed):
                     stop_ids=tuple(range(40)), seed=seed * 1000 + i)  # fmt: skip
         made.append(Request(tuple(ids), items, **kind | fixed))
     return made
+
+
+def quick(*arguments, **settings):
+    """An Engine that skips the search for widths of equal bits."""
+    return Engine(*arguments, **settings, deterministic=False)
 
 
 def answers(engine, asked):
@@ -97,10 +103,15 @@ def test_attention_in_blocks_is_the_reference(seed, length):
     for readers in (8, 1):
         for blocks in (int(places.max()) // KEYS + 1, 4):
             seen = [block.expand(readers, -1, -1) for block in cache.split(KEYS, dim=1)[:blocks]]
-            visible = (torch.arange(blocks * KEYS).view(blocks, 1, KEYS) <= places[:, None])[:, :, None]
-            results.append(attend_in_blocks(q_nope, q_rope, seen, kv_b, visible, 0.3))
+            visible = torch.arange(blocks * KEYS).view(blocks, 1, 1, KEYS) <= places[:, None, None]
+            results.append(attend_in_blocks(q_nope, q_rope, [(0, 8, seen, visible)], kv_b, 0.3))
         assert torch.equal(results[-1], results[-2])
         assert_close(results[-1], expected, 1e-12)
+    cut = [(first, last, [block[:1] for block in seen], F.pad(visible[:, first:last], (0, 0, 0, 0, 0, 8 - last + first)))
+           for first, last in ((0, 3), (3, 7))]  # fmt: skip
+    parts = attend_in_blocks(q_nope, q_rope, cut, kv_b, 0.3)
+    assert_close(parts[:7], expected[:7], 1e-12)
+    assert (parts[7] == 0).all()
 
 
 @settings(max_examples=10)
@@ -206,18 +217,18 @@ def test_uniforms_are_a_function_of_seed_and_place():
 
 @DTYPES
 def test_answers_are_bitwise_those_given_alone(dtype):
-    """Thirty requests at once, in another order, one by one, with other slots and another capacity: ids and log-probs."""
-    engine, asked = Engine(model(dtype), slots=8, capacity=2 * KEYS), requests(30)
+    """Twenty requests at once, in another order, one by one, with other slots and another capacity: ids and log-probs."""
+    engine, asked = Engine(model(dtype), slots=8, capacity=2 * KEYS), requests(20)
     expected = answers(engine, asked)
-    assert len({c.ids for c in expected}) > 20 and {c.finish for c in expected} == {"stop", "length"}
-    order = random.Random(1).sample(range(30), 30)
+    assert len({c.ids for c in expected}) > 15 and {c.finish for c in expected} == {"stop", "length"}
+    order = random.Random(1).sample(range(20), 20)
     assert [c for _, c in sorted(zip(order, answers(engine, [asked[i] for i in order])))] == expected
-    assert alone(engine, asked) == expected
-    for slots, capacity in ((1, KEYS), (3, 4 * KEYS), (40, KEYS)):
-        assert answers(Engine(model(dtype), slots, capacity), asked) == expected
+    assert alone(engine, asked[:8]) == expected[:8]
+    for slots, capacity in ((1, KEYS), (20, 4 * KEYS)):
+        assert answers(Engine(model(dtype), slots, capacity), asked[:12]) == expected[:12]
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.integers(0, 2**31))
 def test_bug60_answers_do_not_depend_on_arrival_or_cancellation(seed):
     """Requests come after random waits, while others beside them are cancelled at random moments."""
@@ -244,12 +255,12 @@ def test_bug60_answers_do_not_depend_on_arrival_or_cancellation(seed):
     assert (ENGINE.running, ENGINE.waiting) == (0, 0) and not [task for task in left if not task.done()]
 
 
-EXPECTED_14 = alone(Engine(MODEL, slots=1, capacity=KEYS), requests(14, seed=5))
+EXPECTED_14 = alone(quick(MODEL, slots=1, capacity=KEYS), requests(14, seed=5))
 
 
 def test_long_prompts_cross_passes_and_blocks():
     """A prompt that fills several passes and blocks answers as the naive loop, and as the same prompt among others."""
-    engine = Engine(model(torch.float64), slots=3, capacity=5 * KEYS)
+    engine = quick(model(torch.float64), slots=3, capacity=5 * KEYS)
     rng = random.Random(0)
     asked = [Request(tuple(rng.randrange(256) for _ in range(n)), max_new_tokens=3, temperature=0.0) for n in (KEYS * 4, 130, 1, 300)]
     together = answers(engine, asked)
@@ -260,12 +271,40 @@ def test_long_prompts_cross_passes_and_blocks():
         assert_close(torch.tensor(answer.logprobs), torch.tensor(logprobs), 1e-5)
 
 
+def test_passes_have_multiples_of_64_numbers_everywhere():
+    """Six experts: 8 or 16 rows of their scores would end in an odd lot, whose sigmoids other instructions take."""
+    six = dict(n_routed_experts=6, n_group=3)
+    for changes, widths in (({}, [8, 16, 32, 64]), (six, [32, 64]), ({"intermediate_size": 33}, [64])):
+        engine = Engine(model(**changes), 64, KEYS)
+        assert engine.model._decode_widths == widths
+    asked = requests(20)
+    assert answers(Engine(model(**six), 8, KEYS), asked) == alone(Engine(model(**six), 1, KEYS), asked)
+
+
+def test_passes_run_on_one_thread_and_leave_the_number_as_it_was(monkeypatch):
+    seen, attend = [], module.attend_in_blocks
+    monkeypatch.setattr(module, "attend_in_blocks", lambda *a: seen.append(torch.get_num_threads()) or attend(*a))
+    torch.set_num_threads(2)
+    try:
+        answers(ENGINE, requests(2))
+        assert set(seen) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_what_a_free_slot_holds_reaches_nobody():
+    """Not even NaN, which a weight of 0 would not silence."""
+    engine = quick(MODEL, 8, KEYS)
+    engine.model.cache.buffer.fill_(torch.nan)
+    assert answers(engine, requests(14, seed=5)) == EXPECTED_14
+
+
 def test_a_width_whose_bits_differ_is_not_used(monkeypatch):
     """And where a row's bits depend on its place, the engine refuses to start, unless asked not to care."""
     attend = module.attend_in_blocks
 
-    def wrong_at_16(q_nope, *rest):
-        return attend(q_nope, *rest) * (1 + 1e-5 * (len(q_nope) == 16))
+    def wrong_at_16(q_nope, q_rope, groups, *rest):
+        return attend(q_nope, q_rope, groups, *rest) * (1 + 1e-5 * (groups[0][3].shape[1] == 16))
 
     monkeypatch.setattr(module, "attend_in_blocks", wrong_at_16)
     slots = SlotModel(MODEL, 30, KEYS)
@@ -284,8 +323,8 @@ def test_a_width_whose_bits_differ_is_not_used(monkeypatch):
 def test_queries_of_one_prompt_go_apart_where_together_they_round_differently(monkeypatch):
     attend = module.attend_in_blocks
 
-    def other_when_shared(q_nope, q_rope, blocks, *rest):
-        return attend(q_nope, q_rope, blocks, *rest) * (1 + 1e-5 * (len(blocks[0]) == 1))
+    def other_when_shared(q_nope, q_rope, groups, *rest):
+        return attend(q_nope, q_rope, groups, *rest) * (1 + 1e-5 * (len(groups[0][2][0]) == 1))
 
     monkeypatch.setattr(module, "attend_in_blocks", other_when_shared)
     engine = Engine(MODEL, 8, KEYS)
@@ -315,7 +354,7 @@ def test_bug54_bug55_logprobs_are_those_of_scaled_logits(impl, temperature, top_
     """log softmax(logits / T) of a full forward pass at each drawn token, before top-p, not one position off."""
     whole = model(torch.float64, impl=impl)
     asked = requests(4, temperature=temperature, top_p=top_p, max_new_tokens=5, stop_ids=())
-    for request, answer in zip(asked, answers(Engine(whole, 4, KEYS), asked)):
+    for request, answer in zip(asked, answers(quick(whole, 4, KEYS), asked)):
         ids = torch.tensor([[*request.ids, *answer.ids]])
         patches = torch.cat([i.patches for i in request.items]).double() if request.items else None
         grid = torch.tensor([i.grid for i in request.items]) if request.items else None
@@ -330,7 +369,7 @@ def test_qat_models_answer_with_the_quantised_experts():
     whole = model(qat=True, hidden_size=32, moe_intermediate_size=32)
     asked = [Request((1, 2, 3), max_new_tokens=6, temperature=0.0)]
     expected = generate(whole, [[1, 2, 3]], max_new_tokens=6)[0]
-    assert answers(Engine(whole, 2, KEYS), asked)[0].ids == expected.ids
+    assert answers(quick(whole, 2, KEYS), asked)[0].ids == expected.ids
     unquantised = generate(model(hidden_size=32, moe_intermediate_size=32), [[1, 2, 3]], max_new_tokens=6)[0]
     assert unquantised.logprobs != expected.logprobs
 
@@ -350,7 +389,7 @@ def test_seeds_decide_the_samples():
 
 
 def test_one_prompt_of_many_requests_is_prefilled_once(monkeypatch):
-    asked, fed, engine = [Request((5, 6, 7, 8), max_new_tokens=4, seed=s) for s in range(6)], [], Engine(MODEL, 8, KEYS)
+    asked, fed, engine = [Request((5, 6, 7, 8), max_new_tokens=4, seed=s) for s in range(6)], [], quick(MODEL, 8, KEYS)
     expected = alone(engine, asked)
     prefill = engine.model.prefill
     monkeypatch.setattr(engine.model, "prefill", lambda prompts: fed.extend(len(x) for *_, x in prompts) or prefill(prompts))
@@ -360,7 +399,7 @@ def test_one_prompt_of_many_requests_is_prefilled_once(monkeypatch):
 # Partial answers, pauses, weights
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(st.integers(0, 2**31))
 def test_an_aborted_answer_goes_on_to_the_same_bits(seed):
     """Aborted after any number of steps, queued or running, several times; prefix tokens and log-probs are kept."""
@@ -389,9 +428,9 @@ def test_an_aborted_answer_goes_on_to_the_same_bits(seed):
 def test_bug60_every_token_says_which_weights_drew_it():
     """Weights change while requests run: tokens before and after differ in version, and the first part is that of the
     old weights alone; what starts later is that of the new weights alone."""
-    engine, other = Engine(MODEL, 4, KEYS, version=3), model(seed=1)
+    engine, other = quick(MODEL, 4, KEYS, version=3), model(seed=1)
     request = Request((1, 2, 3), max_new_tokens=20, seed=4)
-    expected = [alone(Engine(m, 4, KEYS), [request])[0] for m in (MODEL, other)]
+    expected = [alone(quick(m, 4, KEYS), [request])[0] for m in (MODEL, other)]
 
     async def both():
         first = asyncio.ensure_future(engine.generate(request))
@@ -410,7 +449,7 @@ def test_bug60_every_token_says_which_weights_drew_it():
 
 
 def test_a_continued_answer_keeps_versions_and_is_recomputed_under_the_new_weights():
-    engine, other = Engine(MODEL, 4, KEYS), model(seed=1)
+    engine, other = quick(MODEL, 4, KEYS), model(seed=1)
     request = Request((1, 2, 3), max_new_tokens=9, seed=4)
     whole = alone(engine, [request])[0]
     part = Completion(whole.ids[:5], whole.logprobs[:5], (0,) * 5, "aborted")
@@ -424,7 +463,7 @@ def test_a_continued_answer_keeps_versions_and_is_recomputed_under_the_new_weigh
 def test_the_engine_keeps_its_own_copy_of_the_weights():
     """Training the model beside it changes nothing before `update`."""
     trained = copy.deepcopy(MODEL)
-    engine, asked = Engine(trained, 4, KEYS), requests(14, seed=5)
+    engine, asked = quick(trained, 4, KEYS), requests(14, seed=5)
     with torch.no_grad():
         for weight in trained.parameters():
             weight.add_(1.0)
@@ -464,7 +503,7 @@ def test_a_cancelled_request_frees_its_slot_even_while_paused():
 
 
 def test_the_lowest_priority_number_is_served_first():
-    engine, order = Engine(MODEL, 1, KEYS), []
+    engine, order = quick(MODEL, 1, KEYS), []
 
     async def one(priority):
         await engine.generate(Request((1,), max_new_tokens=2, priority=priority))
@@ -495,7 +534,7 @@ def turns(engine, prefills, session, dropped=False):
 
 
 def test_a_session_feeds_only_what_is_new_and_changes_no_bit(monkeypatch):
-    engine, fed = Engine(MODEL, 2, KEYS), []
+    engine, fed = quick(MODEL, 2, KEYS), []
     prefill = engine.model.prefill
     monkeypatch.setattr(engine.model, "prefill", lambda prompts: fed.extend(len(x) for *_, x in prompts) or prefill(prompts))
     expected = turns(engine, fed, None)
@@ -504,23 +543,23 @@ def test_a_session_feeds_only_what_is_new_and_changes_no_bit(monkeypatch):
     assert turns(engine, fed, "a") == expected and fed == [3, 3, 3]  # the last drawn token and two of the three new ones
     del fed[:]
     assert turns(engine, fed, "b", dropped=True) == expected and fed == [3, 11, 19]
-    small = Engine(MODEL, 2, KEYS, parked=0)
+    small = quick(MODEL, 2, KEYS, parked=0)
     assert turns(small, fed, "c") == expected and not small._parked
 
 
 def test_a_session_whose_prompt_changes_keeps_the_common_prefix_only():
-    engine = Engine(MODEL, 2, KEYS)
+    engine = quick(MODEL, 2, KEYS)
     answers(engine, [Request((1, 2, 3, 4, 5, 6), seed=0, session="s", max_new_tokens=3)])
     changed = Request((1, 2, 9, 4, 5, 6, 7), seed=1, max_new_tokens=6)
     assert answers(engine, [dataclasses.replace(changed, session="s")]) == alone(engine, [changed])
 
 
 def test_caches_of_other_weights_are_not_reused():
-    engine, other = Engine(MODEL, 2, KEYS), model(seed=1)
+    engine, other = quick(MODEL, 2, KEYS), model(seed=1)
     first, second = Request((1, 2, 3), session="s", max_new_tokens=3), Request((1, 2, 3, 4), session="s", max_new_tokens=3)
     answers(engine, [first])
     engine.update(other, 1)
-    expected = alone(Engine(other, 2, KEYS), [second])[0]
+    expected = alone(quick(other, 2, KEYS), [second])[0]
     assert answers(engine, [second])[0].logprobs == expected.logprobs
 
 
@@ -528,7 +567,7 @@ def test_caches_of_other_weights_are_not_reused():
 
 
 def test_bug38_pictures_count_at_every_step_and_are_encoded_once(monkeypatch):
-    engine, calls = Engine(model(torch.float64), 4, KEYS), []
+    engine, calls = quick(model(torch.float64), 4, KEYS), []
     encode = engine.model.model.encode_media
     monkeypatch.setattr(engine.model.model, "encode_media", lambda *a: calls.append(1) or encode(*a))
     ids = (65, MEDIA, MEDIA, 66, *[MEDIA] * 4, 67, MEDIA, 68)
@@ -545,11 +584,11 @@ def test_bug38_pictures_count_at_every_step_and_are_encoded_once(monkeypatch):
 
 def test_a_session_goes_on_behind_pictures():
     """A second turn with another picture encodes only that one; the same ids with another first picture reuse nothing."""
-    engine, ids = Engine(MODEL, 2, KEYS), (65, MEDIA, MEDIA, 66)
+    engine, ids = quick(MODEL, 2, KEYS), (65, MEDIA, MEDIA, 66)
     first = Request(ids, ITEMS[:1], max_new_tokens=3, session="s")
     answers(engine, [first])
     second = Request((*ids, 70, *[MEDIA] * 4, 71), ITEMS[:2], max_new_tokens=4, seed=1)
-    expected = alone(Engine(MODEL, 1, KEYS), [second])
+    expected = alone(quick(MODEL, 1, KEYS), [second])
     assert answers(engine, [dataclasses.replace(second, session="s")]) == expected
     answers(engine, [first])
     swapped = dataclasses.replace(second, items=(item(9, (1, 2, 4)), ITEMS[1]))
@@ -562,7 +601,7 @@ def test_a_media_place_is_never_drawn():
     with torch.no_grad():
         greedy.language_model.lm_head.weight[MEDIA] = greedy.language_model.lm_head.weight.abs().sum(dim=0) * 9
     asked = [Request((1, 2, n), max_new_tokens=20, seed=n, temperature=float(n % 2)) for n in range(6)]
-    assert MEDIA not in {token for done in answers(Engine(greedy, 6, KEYS), asked) for token in done.ids}
+    assert MEDIA not in {token for done in answers(quick(greedy, 6, KEYS), asked) for token in done.ids}
 
 
 def test_a_broken_picture_fails_its_own_request_only():
@@ -601,7 +640,7 @@ def test_bug59_a_completion_has_one_logprob_and_version_per_token():
 
 
 def test_a_failing_model_fails_all_who_wait_and_the_next_may_work(monkeypatch):
-    engine, asked = Engine(MODEL, 2, KEYS), requests(5)
+    engine, asked = quick(MODEL, 2, KEYS), requests(5)
 
     async def script():
         return await asyncio.gather(*map(engine.generate, asked), return_exceptions=True)
@@ -630,8 +669,8 @@ def test_sampling_agrees_with_generate_where_both_see_the_same_uniform(monkeypat
 
 
 def test_the_bench_prints_one_line_per_count(capsys):
-    rows = command.bench("toy", (4,), slots=4, repeats=1)
-    assert rows[0][0] == 4 and min(rows[0]) > 0 and "4 requests" in capsys.readouterr().out
+    rows = command.bench("toy", (2,), slots=2, repeats=1)
+    assert rows[0][0] == 2 and min(rows[0]) > 0 and "2 requests" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["bench", "--requests", "0"], ["bench", "--preset", "huge"], ["bench", "--slots", "-1"]])
