@@ -12,7 +12,7 @@ answered, token by token, become rollouts to train on. The real client and any f
     OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=unused some-agent --model k25
 
 From a trainer, in the same process: `with Gateway(model, record="runs/records").in_thread() as url: …`, with `update(state,
-version)` between or during answers, and `read_records("runs/records")` afterwards.
+version)` between or during answers, and `read_records("runs/records", {"episode-7": reward})` afterwards.
 
 - **Thinking** is on as in the release; off ("instant") by the request's `chat_template_kwargs: {"thinking": false}` or
   `thinking: {"type": "disabled"}`, for all that do not say by `--instant`. Reasoning comes as `reasoning_content`.
@@ -30,10 +30,10 @@ version)` between or during answers, and `read_records("runs/records")` afterwar
   Whatever would change the answer and is not done is refused with 400, naming the field.
 
 Without K25_GATEWAY_TOKEN in the environment it serves this machine only, and only those who name it so (no page from
-elsewhere, whatever its name resolves to). With it, everything but /health wants it as bearer token. No header is recorded.
+elsewhere, whatever its name resolves to). With it, everything but /health wants it as bearer token. Of the headers only X-Session-Id is
+recorded. One thread does it all: while the model computes a step, or a long prompt, nobody is answered, /health neither.
 
-Public names: Gateway, Settings, GatewayError, read_records, main.
-Letters: U vocabulary, L patches.     Tests: pytest tests/test_gateway.py
+Public names: Gateway, Settings, GatewayError, read_records, main.     Tests: pytest tests/test_gateway.py
 """
 
 import argparse
@@ -78,7 +78,7 @@ def _web():
     try:
         from aiohttp import web
     except ImportError:
-        raise GatewayError("serving needs aiohttp: pip install 'k25[serve]'") from None
+        raise GatewayError("serving needs the extra `serve`: pip install '.[serve]'") from None
     return web
 
 
@@ -327,7 +327,7 @@ class Gateway:
         turns = self._sessions.setdefault(session, [])
         self._sessions.move_to_end(session)
         while len(self._sessions) > self.settings.sessions:
-            self._sessions.popitem(last=False)
+            self.engine.forget(self._sessions.popitem(last=False)[0])
         return turns
 
     async def _whole(self, task):

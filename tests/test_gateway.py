@@ -357,7 +357,7 @@ def bomb(width, height):
 
 @pytest.mark.parametrize(("content", "words"), [
     (bomb(60_000, 60_000), "no PNG or JPEG"), (bomb(5_000, 5_000), "5000x5000 pixels, at most"), (picture()[:-40], "cut short"),
-    (b"", "no PNG or JPEG"), (b"GIF89a" + bytes(20), "no PNG or JPEG"), (bomb(0, 5), "no PNG or JPEG"),
+    (b"", "no PNG or JPEG"), (picture(kind="GIF"), "no PNG or JPEG"), (bomb(0, 5), "no PNG or JPEG"),
 ], ids=["bomb", "large", "cut", "empty", "gif", "flat"])  # fmt: skip
 def test_a_bad_picture_is_refused_before_it_is_decoded(served, content, words):
     with pytest.raises(openai.BadRequestError, match=words) as refused:
@@ -678,7 +678,12 @@ def test_bug55_recorded_logprobs_are_those_of_a_full_forward_at_the_temperature_
         assert_close(torch.tensor(rollout.logprobs), forward_logprobs(MODEL, rollout), 2e-4)
 
 
+@torch.no_grad()
 def test_top_logprobs_are_the_most_likely_tokens_in_order(served):
+    answer = served.ask(logprobs=True, top_logprobs=4, temperature=0.5, max_tokens=1)
+    logits = MODEL(torch.tensor([served.record(answer)["prompt"]]))[0, -1]
+    found = [top.logprob for top in answer.choices[0].logprobs.content[0].top_logprobs]
+    assert_close(torch.tensor(found), F.log_softmax(logits / 0.5, dim=-1).topk(4).values, 2e-4)
     for entry in served.ask(logprobs=True, top_logprobs=5, temperature=0).choices[0].logprobs.content:
         values = [top.logprob for top in entry.top_logprobs]
         assert values == sorted(values, reverse=True) and entry.top_logprobs[0].bytes == entry.bytes
@@ -721,10 +726,27 @@ def test_without_a_session_texts_are_encoded_and_rollouts_stand_alone(served):
 
 
 def test_a_changed_answer_is_encoded_as_the_client_wrote_it(served):
-    served.ask(user="changed", extra_body=INSTANT)
+    served.ask(user="changed", extra_body=INSTANT, max_tokens=4)
     history = [*HI, {"role": "assistant", "content": "something else"}, *HI]
     answer = served.ask(history, user="changed", extra_body=INSTANT)
     assert served.record(answer)["prompt"] == render_ids(history, TOKENIZER, thinking=False)
+    assert [answers_of(rollout) for rollout in read_records(served.records) if rollout.info.task == "changed"] == [1, 1]
+    turn = Turn((1,), (*b"why", TOKENIZER.end_think, *b"ok", TOKENIZER.im_end), True, ("ok", ()), "why")
+    told = [*HI, {"role": "assistant", "content": "ok", "reasoning_content": "other reasons"}]
+    ids = render_ids(told, TOKENIZER, preserve_thinking=True)
+    assert splice(ids, told, [turn], TOKENIZER, False, True) == ids
+    told[1]["reasoning_content"] = "why"
+    assert splice(ids, told, [turn], TOKENIZER, False, True) == render_ids(told, TOKENIZER, preserve_thinking=True)
+
+
+def test_of_answers_that_read_alike_the_one_to_this_prompt_is_meant():
+    """Two ways to write one text, as a vocabulary of merges has them: here, bytes of no character."""
+    told = [*HI, {"role": "assistant", "content": "\ufffd"}, *HI]
+    prompt = tuple(render_ids(HI, TOKENIZER, thinking=False))
+    turns = [Turn(p, (byte, TOKENIZER.im_end), False, ("\ufffd", ()), "") for p, byte in (((1,), 200), (prompt, 201), ((2,), 202))]
+    for given, byte in ((turns, 201), (turns[::2], 202)):
+        ids = splice(render_ids(told, TOKENIZER, thinking=False), told, given, TOKENIZER, False, False)
+        assert ids[len(prompt) : len(prompt) + 2] == [byte, TOKENIZER.im_end]
 
 
 def test_branches_of_a_session_count_every_sampled_token_once(served):
@@ -945,7 +967,7 @@ def test_misuse_is_one_line_and_exit_code_2(saved, tmp_path, capsys, monkeypatch
     assert "--port between" in fails("--model", str(saved), "--port", "70000")
     assert "pixels is 0" in fails("--model", str(saved), "--pixels", "0")
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    assert "k25[serve]" in fails("--model", str(saved))
+    assert "pip install '.[serve]'" in fails("--model", str(saved))
 
 
 def test_the_command_serves_until_a_signal(saved, tmp_path):
