@@ -479,15 +479,15 @@ def _price(what, how, level):
     return Content(questions, asked, str(total), "number_match", words, (scene,), f"price {words}")
 
 
-CHAIN = (2, 3, 4, 5, 6, 8)  # additions by level
+CHAIN = (2, 3, 4, 5, 6, 7)  # additions by level
 
 
 def _chain(what, how, level):
-    """The last digit of a sum of labelled digits, `k3 b8 x5`: one addition per level and one more."""
+    """The last digit of a sum of digits in order of their labels, `k3 l8 m5`: one addition per level and one more."""
     count, answer = CHAIN[level - 1] + 1, what.randint(0, 9)
-    labels, digits = how.sample(string.ascii_lowercase, count), [how.randint(0, 9) for _ in range(count - 1)]
+    first, digits = how.randint(0, 26 - count), [how.randint(0, 9) for _ in range(count - 1)]
     digits.append((answer - sum(digits)) % 10)
-    pairs = [f"{label}{digit}" for label, digit in zip(labels, digits)]
+    pairs = [f"{label}{digit}" for label, digit in zip(string.ascii_lowercase[first:], digits)]
     words, questions = " ".join(pairs), ("chain?", "last digit of the sum?", "sum modulo 10?")
     return Content(questions, (), str(answer), "exact_match", words, (Page(("".join(pairs),)),), f"chain {words}")
 
