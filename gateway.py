@@ -265,8 +265,6 @@ class Gateway:
             raise ApiError(415, f"Content-Type is {shown(request.content_type)}: send application/json")
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise ApiError(415, "compressed bodies are not served")
-        if (request.content_length or 0) > self.settings.body:
-            raise ApiError(413, f"the body is larger than {self.settings.body} bytes")
         try:
             async with asyncio.timeout(self.settings.patience):
                 raw = await request.read()

@@ -739,6 +739,15 @@ def test_a_changed_answer_is_encoded_as_the_client_wrote_it(served):
     assert splice(ids, told, [turn], TOKENIZER, False, True) == render_ids(told, TOKENIZER, preserve_thinking=True)
 
 
+def test_an_answer_that_a_stop_string_cut_is_read_as_the_client_sends_it(taught):
+    answer = taught.ask(SUM, user="cut", temperature=0, max_tokens=200, tools=TOOLS, stop=["in"])
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Add", "stop")
+    assert TOKENIZER.decode(taught.record(answer)["answers"][0]["ids"]) == "Addin"
+    history = [*SUM, {"role": "assistant", "content": "Add"}, *HI]
+    second = taught.ask(history, user="cut", max_tokens=4, tools=TOOLS)
+    assert taught.record(second)["prompt"] == render_ids(history, TOKENIZER, tools=TOOLS, thinking=False)
+
+
 def test_of_answers_that_read_alike_the_one_to_this_prompt_is_meant():
     """Two ways to write one text, as a vocabulary of merges has them: here, bytes of no character."""
     told = [*HI, {"role": "assistant", "content": "\ufffd"}, *HI]
