@@ -196,6 +196,9 @@ def test_the_readme_names_only_files_that_exist():
     assert not missing
 
 
+WITH_COMMANDS = ("k25.py", "oracle.py", "parallel.py", "storage.py", "interpreter.py", "gateway.py")  # each with its own flags
+
+
 def commands(text):
     """Every line of a README's code blocks and every inline code, without its comment: (program, words)."""
     blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -225,7 +228,7 @@ def test_every_flag_of_the_readmes_commands_is_accepted(capsys):
             call = ("train_small",)
             flags = given[1]
         elif re.search(r"python[\d.]*$", program) and words and words[0].endswith(".py"):
-            call = (words[0].removesuffix(".py"), *words[1:2]) if words[0] in ("k25.py", "oracle.py", "parallel.py") else (words[0][:-3],)
+            call = (words[0].removesuffix(".py"), *words[1:2]) if words[0] in WITH_COMMANDS else (words[0][:-3],)
             flags = line
         else:
             continue
