@@ -73,7 +73,7 @@ def inside(x, y, corners):
         cross = (x2 - x1) * (y - y1) - (y2 - y1) * (x - x1)
         if cross == 0 and min(x1, x2) <= x <= max(x1, x2) and min(y1, y2) <= y <= max(y1, y2):
             return True
-        if (x1 > x) != (x2 > x) and y * (x2 - x1) * (1 if x2 > x1 else -1) > (y1 * (x2 - x1) + (x - x1) * (y2 - y1)) * (1 if x2 > x1 else -1):
+        if (x1 > x) != (x2 > x) and (cross > 0) == (x2 > x1):  # it crosses this column, and above the cell
             crossings += 1
     return crossings % 2 == 1
 
@@ -136,9 +136,10 @@ def test_a_polygon_of_a_hand_worked_answer():
     """Squares of 11×11 and 11×6 cells, one in the other; and a bow tie, which is two triangles that meet in its middle."""
     square, half = [[0, 0], [10, 0], [10, 10], [0, 10]], [[0, 0], [10, 0], [10, 5], [0, 5]]
     assert polygon_iou(torch.tensor(half), torch.tensor(square)) == pytest.approx(66 / 121)
-    bow_tie = torch.tensor([[0, 0], [4, 4], [4, 0], [0, 4]])  # columns of 5, 3 + … : 5 + 4 + 1… by counting below
+    bow_tie = torch.tensor([[0, 0], [4, 4], [4, 0], [0, 4]])
     counted = sum(inside(x, y, bow_tie.tolist()) for x in range(5) for y in range(5))
-    assert counted == 5 + 3 + 1 + 3 + 5 and polygon_iou(bow_tie, torch.tensor([[0, 0], [4, 0], [4, 4], [0, 4]])) == pytest.approx(17 / 25)
+    assert counted == 5 + 3 + 1 + 3 + 5  # its columns
+    assert polygon_iou(bow_tie, torch.tensor([[0, 0], [4, 0], [4, 4], [0, 4]])) == pytest.approx(17 / 25)
 
 
 def test_writing_and_counts_of_hand_worked_answers():

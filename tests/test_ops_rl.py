@@ -12,7 +12,7 @@ from conftest import assert_close, assert_named, assert_right_ones_pass
 from hypothesis import given, settings
 
 import adapter
-from conformance import check_op
+from conformance import check, check_op, load_implementation
 from ops_rl import OPS, group_advantages, mismatch_weights, policy_objective, token_logprobs
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -154,6 +154,65 @@ def test_right_implementations_pass_in_every_dtype(op):
 @pytest.mark.parametrize("op, suspect", SUSPECTS)
 def test_a_mistake_is_caught_and_named(op, suspect):
     assert_named(op, suspect)
+
+
+# (words that the cause must hold, a module that makes the mistake without a line of the suspects)
+FOREIGN = [
+    ("by its own length", """
+def policy_objective(now, old, engine, mask, rewards, groups, valid, tokens, low, high, tau, cap):
+    losses = []
+    for j in range(len(rewards)):
+        if valid[j] and mask[j].any():
+            peers = rewards[(groups == groups[j]) & valid]
+            x = now[j][mask[j]] - old[j][mask[j]]
+            y = now[j][mask[j]] - engine[j][mask[j]]
+            inside = (x > low) & (x < high) & (y > low) & (y < high)
+            ratio = inside * x.exp() + (~inside) * x.detach().clamp(low, high).exp()
+            w = (old[j] - engine[j])[mask[j]].exp().clamp(max=cap)
+            losses.append((w * ratio * (rewards[j] - peers.mean()) - tau * x ** 2).mean())
+    return sum(losses) / len(losses)
+"""),
+    ("sign of the advantage", """
+import math, torch
+def policy_objective(now, old, engine, mask, rewards, groups, valid, tokens, low, high, tau, cap):
+    keep = mask & valid[:, None]
+    x = torch.where(keep, now, 0) - torch.where(keep, old, 0)
+    w = torch.where(keep, old - engine, 0).exp().clamp(max=cap)
+    a = [rewards[j] - rewards[(groups == groups[j]) & valid].mean() if valid[j] else 0 * now.nan_to_num().sum() for j in range(len(groups))]
+    a = torch.stack(a)[:, None]
+    gain = torch.min(x.exp() * a, x.exp().clamp(math.exp(low), math.exp(high)) * a)
+    return (w * gain - tau * x ** 2)[keep].sum() / tokens
+"""),
+    ("divides the log-probabilities", """
+import torch
+def token_logprobs(hidden, head, ids, temperature):
+    logits = (hidden @ head.T).float() if hidden.dtype == torch.bfloat16 else hidden @ head.T
+    logprobs = logits.log_softmax(-1) / temperature
+    first = logprobs.new_full((1,), float("nan"))
+    return torch.cat([first, logprobs[torch.arange(len(ids) - 1), ids[1:]]])
+"""),
+    ("standard deviation", """
+ARRAYS = "numpy"
+import numpy as np
+def group_advantages(rewards, groups, valid):
+    out = np.zeros_like(rewards)
+    for g in np.unique(groups):
+        rows = np.flatnonzero((groups == g) & valid)
+        if len(rows):
+            r = rewards[rows]
+            out[rows] = (r - r.mean()) / (r.std() + 1e-6)
+    return out
+"""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words, text", FOREIGN, ids=[words for words, _ in FOREIGN])
+def test_a_mistake_in_foreign_words_is_named(words, text, tmp_path):
+    (tmp_path / "theirs.py").write_text(text)
+    theirs = load_implementation(str(tmp_path / "theirs.py"))
+    (row,) = check(theirs, list(theirs.functions))
+    assert row.status == "FAIL" and row.finding.suspect, row.finding and row.finding.text()
+    assert words in row.finding.cause, row.finding.text()
 
 
 def test_the_bugs_of_the_public_list_are_among_the_mistakes():

@@ -12,7 +12,7 @@ from conftest import assert_named, assert_right_ones_pass
 from hypothesis import given, settings
 
 import adapter
-from conformance import check_op
+from conformance import check, check_op, load_implementation
 from ops_toggle import OPS, rft_select, toggle_budgets, toggle_rewards
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -105,6 +105,24 @@ def test_right_implementations_pass_in_every_dtype(op):
 @pytest.mark.parametrize("op, suspect", SUSPECTS)
 def test_a_mistake_is_caught_and_named(op, suspect):
     assert_named(op, suspect)
+
+
+def test_the_misreading_in_foreign_words_is_named(tmp_path):
+    """Written from the widely copied text, without a line of the suspects."""
+    (tmp_path / "theirs.py").write_text("""
+ARRAYS = "numpy"
+import numpy as np
+def toggle_rewards(rewards, lengths, groups, valid, budgets, iteration, period, lam):
+    out = rewards.copy()
+    if iteration // period % 2 == 0:
+        for j in np.flatnonzero(valid):
+            accuracy = rewards[valid & (groups == groups[j])].mean()
+            keeps = accuracy > lam or lengths[j] <= budgets[groups[j]]
+            out[j] = rewards[j] if keeps else 0
+    return out
+""")
+    (row,) = check(load_implementation(str(tmp_path / "theirs.py")), ["toggle_rewards"])
+    assert row.status == "FAIL" and row.finding.suspect == "misread", row.finding and row.finding.text()
 
 
 # Corners of the inputs

@@ -132,7 +132,8 @@ def test_bug62_missing_truth_is_invalid_never_0(reward, truth):
 
 @pytest.mark.parametrize(
     "reward, truth",
-    [(box_f1, "[1 2 3]"), (box_f1, "[3 4 1 2]"), (box_f1, "[1 2 x9 4]"), (point_f1, "(1 100)"), (polygon_iou, "{1 2 3 4}"), (polygon_iou, "none"),
+    [(box_f1, "[1 2 3]"), (box_f1, "[3 4 1 2]"), (box_f1, "[1 2 x9 4]"),
+     (point_f1, "(1 100)"), (polygon_iou, "{1 2 3 4}"), (polygon_iou, "none"),
      (count_score, "many"), (count_score, "-1"), (number_match, "?"), (drawing_iou, "oval red 0 0"), (click_inside, "(1 2)"),
      (click_inside, "[1 2 3 4] [5 6 7 8]"), (ocr_score, "x" * (LONGEST + 1)), (exact_match, 5)],
 )  # fmt: skip
