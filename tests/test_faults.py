@@ -98,7 +98,7 @@ def assert_whole(run):
 
 
 def test_a_run_survives_every_fault_and_ends_as_if_nothing_had_happened(tmp_path, undisturbed):
-    """4 ranks, one killed → 4, one stopped → 2, a full disk → 2, a truncated shard → 1."""
+    """4 ranks, one killed → 2, one stopped → 2, a full disk → 2, a truncated shard → 1."""
     run = tmp_path / "run"
 
     started = Torchrun(run, 4)
@@ -110,13 +110,13 @@ def test_a_run_survives_every_fault_and_ends_as_if_nothing_had_happened(tmp_path
                      r"\S+/checkpoint-\d+; --resume goes on$", lines[0]), lines  # fmt: skip
     assert_whole(run)
 
-    started, done = Torchrun(run, 4, "--resume", "--patience", "5"), len(rows(run))
+    started, done = Torchrun(run, 2, "--resume", "--patience", "5"), len(rows(run))
     started.wait_for(done + 2)
     os.kill(started.worker(1), signal.SIGSTOP)
     started.until(lambda: any("train_small.py: " in line for line in started.lines))
     started.kill(1)
     codes, lines = started.ended()
-    assert len(codes) == 4 and len(lines) == 1 and "rank 1: no sign of life: killed, or stopped" in lines[0], (codes, lines)
+    assert len(codes) == 2 and len(lines) == 1 and "rank 1: no sign of life: killed, or stopped" in lines[0], (codes, lines)
     assert_whole(run)
 
     started, done = Torchrun(run, 2, "--resume"), len(rows(run))
@@ -147,8 +147,7 @@ def test_a_run_survives_every_fault_and_ends_as_if_nothing_had_happened(tmp_path
 @pytest.mark.parametrize("fault, verdict", [
     ("open({pipe!r}).read()", r"rank 1: stuck at faulty\.py:4 \(faulty\)"),  # a pipe that nobody writes to: it hangs, but it lives
     ("torch.empty(1 << 50)", r"rank 1: out of memory: .*can't allocate memory"),
-    ("1 / 0", r"rank 1: division by zero"),
-], ids=["hangs", "memory", "error"])  # fmt: skip
+], ids=["hangs", "memory"])  # fmt: skip
 def test_a_process_that_fails_in_a_step_is_named_with_the_cause(fault, verdict, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "faulty.py").write_text(
