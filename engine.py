@@ -241,7 +241,7 @@ class Engine:
                 else:
                     prompts.append(self._prompt(row, slot))
                     self._prompts.setdefault(row.key, row)
-            except ValueError as error:  # its pictures cannot be used: nobody else's affair
+            except Exception as error:  # its pictures cannot be used, say: nobody else's affair
                 self._release(row)
                 row.future.set_exception(error)
             else:

@@ -388,12 +388,24 @@ def test_seeds_decide_the_samples():
     assert answers(ENGINE, asked) == first and len({c.ids for c in first}) == 6
 
 
+def test_draws_are_keyed_by_seed_and_place_in_the_answer(monkeypatch):
+    """Counted from the answer's start, whatever the prompt's length, and on from where a prefix ends."""
+    seen = []
+    monkeypatch.setattr(command, "uniform", lambda *key: seen.append(key) or uniform(*key))
+    prefix = Completion((1, 2), (0.0, 0.0), (0, 0), "aborted")
+    answers(ENGINE, [Request((1, 2, 3), max_new_tokens=3, seed=8), Request((1,), max_new_tokens=4, seed=9, prefix=prefix)])
+    assert sorted(seen) == [(8, 0), (8, 1), (8, 2), (9, 2), (9, 3)]
+
+
 def test_one_prompt_of_many_requests_is_prefilled_once(monkeypatch):
     asked, fed, engine = [Request((5, 6, 7, 8), max_new_tokens=4, seed=s) for s in range(6)], [], quick(MODEL, 8, KEYS)
     expected = alone(engine, asked)
     prefill = engine.model.prefill
     monkeypatch.setattr(engine.model, "prefill", lambda prompts: fed.extend(len(x) for *_, x in prompts) or prefill(prompts))
     assert answers(engine, asked) == expected and fed == [3]
+    begun = [dataclasses.replace(r, prefix=Completion(*(f[:n] for f in dataclasses.astuple(c)[:3]), "aborted"))
+             for n, r, c in zip((0, 2, 0, 1, 3, 0), asked, expected)]  # fmt: skip
+    assert answers(engine, begun) == expected  # some of them have more than the prompt
 
 
 # Partial answers, pauses, weights
@@ -474,10 +486,13 @@ def test_a_paused_engine_keeps_its_slots_and_goes_on():
     async def script():
         task = asyncio.ensure_future(ENGINE.generate(requests(14, seed=5)[0]))
         await asyncio.sleep(0)
+        while not ENGINE.running:
+            await asyncio.sleep(0)
         ENGINE.pause()
+        drawn = len(ENGINE._rows[0].logprobs)
         for _ in range(50):
             await asyncio.sleep(0)
-        assert not task.done() and ENGINE.running + ENGINE.waiting == 1
+        assert not task.done() and ENGINE.running == 1 and len(ENGINE._rows[0].logprobs) == drawn
         ENGINE.resume()
         return await task
 
@@ -561,6 +576,23 @@ def test_caches_of_other_weights_are_not_reused():
     engine.update(other, 1)
     expected = alone(quick(other, 2, KEYS), [second])[0]
     assert answers(engine, [second])[0].logprobs == expected.logprobs
+
+
+def test_a_cache_of_two_versions_is_not_kept():
+    """The next turn is that of the new weights alone."""
+    engine, other = quick(MODEL, 2, KEYS), model(seed=1)
+
+    async def first():
+        task = asyncio.ensure_future(engine.generate(Request((1, 2, 3), session="s", max_new_tokens=9)))
+        while not engine.running or len(engine._rows[0].logprobs) < 3:
+            await asyncio.sleep(0)
+        engine.update(other, 1)
+        return await task
+
+    done, = engine.run(first())
+    assert set(done.versions) == {0, 1}
+    second = Request((1, 2, 3, *done.ids, 4), session="s", max_new_tokens=4)
+    assert answers(engine, [second])[0].logprobs == alone(quick(other, 2, KEYS), [second])[0].logprobs
 
 
 # Pictures
