@@ -259,7 +259,9 @@ def stage_kept(config, recipe, units, rows, length, ep=1, recompute=(), fp8=Fals
             kept += sum(halves)
             continue
         stays = rows * length * config.hidden_size * recipe.stream if layer and full else total(tensors, recompute, fp8)
-        there = total(tensors, (), fp8 and layer)  # what is in FP8 is itself again only while it is used
+        there = total(tensors, (), fp8 and layer)
+        if fp8 and layer:  # what is in FP8 is itself again only while it is used
+            needs += max(t.bytes for t in tensors if t.fp8 is not None)
         most = max(most, kept + there + needs)
         kept += stays
     return kept, max(most - kept, 0)

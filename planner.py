@@ -1,6 +1,7 @@
 """What a training step would take on machines that are not here: memory, traffic, time — K2.5 report 4.5, appendix C.
 
     python planner.py --preset k2.5 --gpus 1024 --pp 16 --virtual-stages 2 --ep 16 --gpu h800 --out runs/plan
+    python parallel.py plan …            the same
     python planner.py --check            the model beside real steps of 2 and 4 processes: runs/plan-check, 2 minutes
 
 The mesh and the schedule are the real ones (schedule.py); bytes come from footprint.py, and how many microbatches are in
@@ -366,8 +367,7 @@ def report(plan, rungs):
     lines.append(f"  (for each GPU, each way; its host takes {gpu.host / 1e9:.0f} GB/s)")
     best = choose(rungs.values())
     if not p.fits:
-        lines.append(f"  → {flags(best)} fits" if best.fits else "  → none fits: more GPUs, more --pp or --ep, fewer --microbatches (each has its "
-                     "own buffers in torch's stages)")  # fmt: skip
+        lines.append(f"  → {flags(best)} fits" if best.fits else "  → none fits: take more GPUs, --pp or --ep")  # fmt: skip
     seconds = [f + b for f, b in zip(p.forward, p.backward)]
     slow = seconds.index(max(seconds))
     even = (layout.pp - 1) / (layout.virtual_stages * layout.microbatches + layout.pp - 1)
@@ -479,6 +479,7 @@ def _asked(options):
     gpu = this_cpu() if options.gpu == "cpu" else GPUS[options.gpu]
     open_store = options.recompute is None and not options.fp8 and not options.offload
     dtypes = tuple(dict.fromkeys((options.dtype, "bfloat16-weights")))
+    found = []
     for microbatches in [options.microbatches] if options.microbatches else [times * options.pp for times in (4, 3, 2, 1)]:
         layout = Layout(options.pp, options.virtual_stages, options.ep, max(options.gpus // options.pp, 1), microbatches,
                         not options.no_zero1, options.encoder)  # fmt: skip
@@ -488,9 +489,10 @@ def _asked(options):
         if not open_store:
             store = Store(recompute, options.fp8, options.offload)
             plan = make_plan(config, layout, gpu, options.dtype, options.rows, options.length, store, assumed)
+        found.append((plan, rungs))
         if plan.fits:
             break
-    return plan, rungs
+    return next((pair for pair in found if pair[0].fits), found[0])
 
 
 def main(arguments=None):

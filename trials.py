@@ -109,7 +109,7 @@ class Crew:
     Use it in a `with`.
     """
 
-    def __init__(self, size, device="cpu", patience=120):
+    def __init__(self, size, device="cpu", patience=300):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the children's: the profiler warns of what it did not see begin
         self.patience, self.folder, self.done = patience, pathlib.Path(tempfile.mkdtemp()), 0
         context = multiprocessing.get_context("spawn")
@@ -148,7 +148,7 @@ class Crew:
                 try:
                     failed, results[rank] = pipe.recv()
                 except EOFError:
-                    self.processes[rank].join(1)  # until then it has no exit code
+                    self.processes[rank].join(30)  # until then it has no exit code
                     raise TrialError(f"rank {rank} of {world} died with exit code {self.processes[rank].exitcode}") from None
                 if failed:
                     raise TrialError(f"rank {rank} of {world}: {results[rank]}")

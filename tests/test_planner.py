@@ -281,6 +281,49 @@ def test_the_report_names_its_assumptions_and_the_worst_rank(plan):
         assert words in text
 
 
+# What fits
+
+
+def with_memory(size):
+    """The rungs of a plan on an H800 of which so many bytes are usable."""
+    layout = Layout(pp=2, microbatches=8, dp=4, zero1=True)
+    gpu = dataclasses.replace(H800, memory=size / Assumed().usable)
+    return ladder(SMALL, layout, gpu, ("bfloat16-weights",), 8, 1024, Assumed()).values()
+
+
+def test_the_fastest_that_fits_is_chosen_and_else_the_nearest():
+    plenty = with_memory(80e9)
+    assert choose(plenty).store == LADDER["everything kept"]
+    peaks = {what: plan.fills[plan.worst].peak for what, plan in zip(LADDER, plenty)}
+    assert peaks["everything kept"] > peaks["selective recompute"] > peaks["selective, FP8"] > peaks["blocks recomputed"]
+    seconds = {what: plan.step for what, plan in zip(LADDER, plenty)}
+    assert seconds["everything kept"] < seconds["selective recompute"] < seconds["blocks recomputed"]
+    tight = with_memory(peaks["selective recompute"])
+    assert all(plan.fits == (plan.excess <= 0) for plan in tight if not plan.store.offload) and not next(iter(tight)).fits
+    assert choose(tight).store == LADDER["selective recompute"]
+    none = choose(with_memory(1e6))
+    assert not none.fits and none.fills[none.worst].peak == min(peaks.values())
+
+
+def test_what_goes_to_the_cpu_must_get_there_in_time():
+    layout, store = Layout(pp=2, microbatches=8), LADDER["selective, FP8, rest on the CPU"]
+    for host, fits in ((1e15, True), (1e3, False)):
+        plan = make_plan(SMALL, layout, dataclasses.replace(H800, host=host), rows=4, length=512, store=store)
+        text = report(plan, {("bfloat16-weights", "this"): plan})
+        assert plan.excess <= 0 and plan.fits is fits and (f"fits, if the host took {plan.offload / 1e9:.0f} GB/s" in text) is not fits
+
+
+def test_k25_on_1024_h800_fits_by_itself(tmp_path, capsys):
+    """Eighty gigabytes, and what is printed leads there: from the flags as they are, and from flags that do not fit."""
+    asked = ("--preset", "k2.5", "--gpus", "1024", "--pp", "16", "--virtual-stages", "2", "--ep", "16", "--gpu", "h800")
+    assert run(*asked) == 0
+    printed = capsys.readouterr().out
+    assert "GB of 73.6 usable — fits" in printed and "← chosen" in printed
+    assert run(*asked, "--recompute", "none", "--microbatches", "16") == 0
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed and "→ --dtype bfloat16-weights --recompute" in printed
+
+
 def run(*arguments):
     return planner.main(arguments)
 

@@ -82,16 +82,17 @@ def test_whoever_fails_or_dies_is_named(function, words):
 
 
 @pytest.mark.parametrize("name", [name for name in MEMORY if name.startswith("toy")])
-def test_a_whole_step_of_a_pipeline_rank_holds_what_the_model_says_within_ten_percent(name, crew):
-    for row in compare_memory(crew, name, dataclasses.replace(MEMORY[name], rows=2)):
+def test_a_whole_step_of_a_pipeline_rank_holds_what_the_model_says_within_six_percent(name, crew):
+    """Ten are allowed, and `planner.py --check` allows them; less is asked here, so that a moment forgotten is noticed."""
+    for row in compare_memory(crew, name, dataclasses.replace(MEMORY[name], rows=4)):
         for measured, predicted in (row.resident, row.backward, row.update):
-            assert predicted == pytest.approx(measured, rel=0.1), row
+            assert predicted == pytest.approx(measured, rel=0.06), row
 
 
-def test_a_small_step_of_a_pipeline_rank_holds_what_the_model_says_within_ten_percent(crew):
+def test_a_small_step_of_a_pipeline_rank_holds_what_the_model_says_within_six_percent(crew):
     case = dataclasses.replace(MEMORY["small"], layout=Layout(pp=2, microbatches=3), rows=1, config=dataclasses.replace(K25Config.preset("small"), num_hidden_layers=2))
     for row in compare_memory(crew, "small", case):
-        assert abs(row.off) <= 0.1 and row.resident[0] == pytest.approx(row.resident[1], rel=0.01), row
+        assert abs(row.off) <= 0.06 and row.resident[0] == pytest.approx(row.resident[1], rel=0.01), row
 
 
 # Pipelines
