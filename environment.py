@@ -327,7 +327,7 @@ class Environment:
         thinking = task.thinking if self.thinking is None else self.thinking
         talk = handle.conversation(episode.declarations, thinking, tools_format=episode.variant.tools_format)
         for role, parts in episode.opening():
-            getattr(talk, role)(*map(self._part, parts))
+            getattr(talk, role)(*(part if isinstance(part, str) else self._item(part) for part in parts))
         while True:
             message = await handle.answer(talk, self._sampling(handle, talk))
             spent = self.budget is not None and sum(talk.generated) >= self.budget
@@ -336,7 +336,7 @@ class Environment:
                 score = step.score
                 return handle.rollout(talk, score.value if score.valid else 0.0, score.valid, score.why if not score.valid else "")
             for call, parts in step.replies:
-                parts = map(self._part, parts)
+                parts = [part if isinstance(part, str) else image_item(part, self.media) for part in parts]
                 talk.tool(call, *parts) if call else talk.system(*parts)
 
     def _sampling(self, handle, talk):
@@ -346,15 +346,13 @@ class Environment:
         sampling = self.sampling or handle.manager.sampling
         return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.budget - sum(talk.generated)))
 
-    def _part(self, part):
-        """A text as it is, a picture as its MediaItem: one object per picture, by which the engine knows equal prompts."""
-        if isinstance(part, str):
-            return part
-        if id(part) not in self._items:
-            self._items[id(part)] = part, image_item(part, self.media)  # with the picture, so that its id stays its own
-            while len(self._items) > 4096:
+    def _item(self, image):
+        """The MediaItem of a task's picture: one object for all responses, by which the engine knows that prompts are equal."""
+        if id(image) not in self._items:
+            self._items[id(image)] = image, image_item(image, self.media)  # with the picture, so that its id stays its own
+            while len(self._items) > 512:
                 self._items.popitem(last=False)
-        return self._items[id(part)][1]
+        return self._items[id(image)][1]
 
     # -- for people
 

@@ -365,6 +365,12 @@ def test_bug52_all_responses_to_a_task_have_one_prompt():
     assert prompts(env, some) != prompts(Environment(Toolset(Click()), diversity=MANY, seed=1), some)
 
 
+def test_all_responses_hold_one_item_per_picture_so_that_the_engine_prefills_it_once():
+    task, env = drawn("colour"), Environment(Toolset())
+    _, engine = roll(task, env, "red<|im_end|>", seeds=range(3))
+    assert len({id(request.items[0]) for request in engine.requests}) == 1 and len(engine.requests) == 3
+
+
 def test_many_ways_of_asking_all_occur():
     env = Environment(Toolset(Click()), diversity=MANY)
     variants = [env.begin(drawn("colour", "text", seed)).variant for seed in range(200)]
