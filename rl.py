@@ -3,22 +3,36 @@
     prompts → Environment, RolloutManager, Engine → rollouts (ids, what was generated, log-probs, rewards)
             → Toggle → group advantages → policy objective → gradient → MuonClip, QK-Clip, router biases
 
+    with Learner(model, environment, pool, tokenizer, RLConfig(), seed=0) as learner:
+        for _ in range(50):
+            rollouts, row = learner.iterate()
+
 A rollout is trained on as the token ids that were sampled: nothing is decoded and encoded again. Its recorded log-probs
 stay beside those that the trainer computes again before it moves, and the objective keeps the two apart.
 
-Public names: RLError, RLConfig, PolicyBatch, policy_batches, policy_logprobs, PolicyResult, policy_step.
+Public names: RLError, RLConfig, CONTROLS, PolicyBatch, policy_batches, policy_logprobs, PolicyResult, policy_step,
+control_lengths, length_penalty, sample_groups, Learner.
 Letters: B rows, T tokens, R responses, G prompts, H heads, E experts.     Tests: pytest tests/test_rl.py
 """
 
+import asyncio
+import dataclasses
 import math
+import time
 from dataclasses import dataclass
 
 import torch
 
+from engine import Engine
 from media import pack
 from moe import balance_bias_
-from objective import add_up, count_tokens, mismatch, place_logprobs, policy_objective_fused, token_logprobs
+from objective import add_up, count_tokens, mismatch, place_logprobs, policy_objective_fused, toggle_budgets, toggle_phase
+from objective import toggle_rewards, token_logprobs
+from optim import MuonClip
+from rollout import RolloutManager, Sampling, derive
 from step import clip_logits
+
+CONTROLS = ("none", "toggle", "rigid", "penalty")
 
 
 class RLError(ValueError):
@@ -27,8 +41,22 @@ class RLError(ValueError):
 
 @dataclass(frozen=True)
 class RLConfig:
-    """How the policy is moved; each field is a flag."""
+    """How the policy is sampled and moved; each field is a flag."""
 
+    prompts: int = 16  # G of an iteration
+    responses: int = 8  # to each prompt
+    ahead: int = 0  # prompts in flight beyond those: their rollouts go on in the next iteration, under its weights
+    slots: int = 64  # of the engine: requests that run at once
+    capacity: int = 512  # most tokens of a conversation
+    max_new_tokens: int = 200  # of one answer
+    lr: float = 1e-3  # of Muon's matrices
+    adamw_lr: float = 3e-4  # of everything else
+    weight_decay: float = 0.0
+    control: str = "none"  # of lengths: none | toggle | rigid | penalty
+    period: int = 4  # m of Toggle: iterations per phase
+    percentile: float = 30.0  # ρ of the budgets, among the lengths of correct responses
+    lam: float = 0.75  # λ: accuracy from which on Toggle's budget binds
+    penalty: float = 0.5  # weight of the length penalty
     low: float = -0.5  # α: log-ratio below which a token gets no policy gradient
     high: float = 0.5  # β: log-ratio above which it gets none
     tau: float = 0.01  # τ: weight of the squared log-ratio
@@ -46,9 +74,13 @@ class RLConfig:
         for name in ("cap", "temperature", "clip_norm", "qk_clip"):
             if not getattr(self, name) > 0:
                 raise RLError(f"{name} is {getattr(self, name)}: it must be positive")
-        for name in ("minibatches", "rows"):
+        for name in ("minibatches", "rows", "prompts", "responses", "slots", "capacity", "max_new_tokens", "period"):
             if getattr(self, name) < 1:
                 raise RLError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.ahead < 0 or not 0 <= self.percentile <= 100:
+            raise RLError(f"ahead is {self.ahead}, percentile {self.percentile}: expected ahead ≥ 0 and a percentile in 0 … 100")
+        if self.control not in CONTROLS:
+            raise RLError(f"control {self.control!r}: use one of {', '.join(CONTROLS)}")
 
 
 # --------------------------------------------------------------------------------------------- batches
@@ -169,3 +201,173 @@ def _optimizer_step(model, optimizer, batches, old, judged, number, t):
             balance_bias_(router.e_score_correction_bias, count, t.balance_gamma)
     optimizer.zero_grad(set_to_none=True)
     return add_up(parts), norm, float(largest.max())
+
+
+# ---------------------------------------------------------------------------------- lengths of answers
+
+
+def length_penalty(correct, lengths, groups, valid):
+    """Kimi k1.5's length reward: λ_j = ½ − (|y_j| − least) / (most − least) among the responses to one prompt; correct
+    ones get λ_j, others min(0, λ_j); 0 where all are equally long.
+
+    correct, valid: (R,) bool; lengths: (R,) int64; groups: (R,) int64. Returns (R,) float32; 0 where invalid.
+    """
+    same = (groups[:, None] == groups) & valid  # (R,R)
+    least = torch.where(same, lengths, torch.iinfo(lengths.dtype).max).amin(1)
+    most = torch.where(same, lengths, 0).amax(1)
+    spread = (most - least).clamp(min=1)
+    found = torch.where(most > least, 0.5 - (lengths - least) / spread, 0.0)
+    return torch.where(correct, found, found.clamp(max=0.0)).masked_fill(~valid, 0.0)
+
+
+def control_lengths(rewards, correct, lengths, groups, prompts, budgets, iteration, valid, t):
+    """The rewards that are trained on: as Toggle, a rigid budget or a length penalty leave them.
+
+    rewards: (R,) float; correct, valid: (R,) bool; lengths, groups: (R,) int64; prompts: (R,) int64 — place of the prompt in
+    the pool; budgets: (P,) float, of the whole pool, ∞ for none; t: RLConfig. Returns (R,).
+    """
+    if t.control == "toggle":
+        return toggle_rewards(rewards, lengths, *_renumbered(groups, prompts, budgets), iteration, t.period, t.lam, valid)
+    if t.control == "rigid":  # the budget always binds
+        return torch.where((lengths <= budgets[prompts]) | ~valid, rewards, 0.0)
+    if t.control == "penalty":
+        return rewards + t.penalty * length_penalty(correct, lengths, groups, valid)
+    return rewards.clone()
+
+
+def _renumbered(groups, prompts, budgets):
+    """Groups as 0, 1, …, and the budget of each: one prompt may stand in two groups."""
+    _, number = groups.unique(return_inverse=True)
+    own = torch.full((int(number.max()) + 1,), math.inf)
+    own[number] = budgets[prompts]
+    return number, own
+
+
+# ------------------------------------------------------------------------------------------- sampling
+
+
+def sample_groups(model, environment, tasks, tokenizer, samples, seed, *, slots=64, capacity=512, sampling=None):
+    """Some responses to each of some tasks, by a copy of the model, without training: for measuring.
+
+    samples: int — responses to each; seed: int — of the draws. Returns a list of tuples of Rollout, as the tasks.
+    """
+    engine = Engine(model, slots, capacity)
+
+    async def script():
+        manager = RolloutManager(engine, environment, tokenizer, sampling or Sampling())
+        for number, task in enumerate(tasks):
+            manager.submit(task, [derive(seed, number, response) for response in range(samples)])
+        return await manager.collect(len(tasks), oldest=True)
+
+    return asyncio.run(script())
+
+
+class Learner:
+    """The iterations of one policy over a pool of prompts; a context manager.
+
+    model: K25; environment: Environment, or whatever a RolloutManager takes; pool: sequence of tasks with a `passing` score;
+    tokenizer: Tokenizer; t: RLConfig; seed: int. The pool is gone through in seeded epochs. With `ahead` groups in flight
+    an iteration takes the first whole ones, and what is unfinished goes on under the next weights.
+    """
+
+    def __init__(self, model, environment, pool, tokenizer, t, seed=0):
+        if not pool:
+            raise RLError("the pool of prompts is empty")
+        self.model, self.environment, self.pool, self.tokenizer, self.t, self.seed = model, environment, list(pool), tokenizer, t, seed
+        self.optimizer = MuonClip.from_named(model.named_parameters(), t.lr, t.adamw_lr, weight_decay=t.weight_decay)
+        self.iteration, self.budgets = 0, None  # budgets: (P,), ∞ for none; None until they are estimated
+        self._submitted, self._numbers, self._again = 0, {}, []  # prompts so far; those in flight, by group; those to submit again
+        self._engine = Engine(model, t.slots, t.capacity)
+        self._manager = RolloutManager(self._engine, environment, tokenizer, Sampling(t.max_new_tokens, t.temperature))
+        self._runner = asyncio.Runner()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._runner.run(self._manager.cancel())
+        self._runner.close()
+
+    def iterate(self):
+        """One iteration: sample, judge, control lengths, move. Returns (list of Rollout, dict of what was measured)."""
+        t, began = self.t, time.perf_counter()
+        if t.control in ("toggle", "rigid") and self.budgets is None:
+            self.budgets = self.estimate_budgets()
+        numbers, rollouts = self._sample()
+        sampled = time.perf_counter()
+        measured = self._measured(numbers, rollouts)
+        rewards, correct, lengths, groups, prompts, valid = measured
+        shaped = control_lengths(*measured[:5], self.budgets, self.iteration, valid, t)
+        result = policy_step(self.model, self.optimizer, rollouts, shaped, t)
+        self._engine.update(self.model, self.iteration + 1)
+        known, tokens = max(int(valid.sum()), 1), int(lengths.sum())
+        mean = lambda x: float((x * valid).sum() / known)  # noqa: E731
+        row = {
+            "iteration": self.iteration, "reward": mean(rewards), "passed": mean(correct.float()), "length": mean(lengths.float()),
+            "trained_reward": mean(shaped), "cut": mean((shaped < rewards).float()), "cut_off": mean(_cut_off(rollouts)),
+            "phase": toggle_phase(self.iteration, t.period) if t.control == "toggle" else None,
+            "invalid": len(rollouts) - int(valid.sum()),
+            "stale": sum(version < self.iteration for r in rollouts for version in r.versions) / max(tokens, 1),
+            **dataclasses.asdict(result),
+            "seconds": time.perf_counter() - began, "tokens_per_s": tokens / max(sampled - began, 1e-9),
+        }  # fmt: skip
+        self.iteration += 1
+        return rollouts, row
+
+    def estimate_budgets(self):
+        """Toggle's budget of each prompt of the pool, from the correct ones among `responses` responses of the present policy."""
+        t = self.t
+        groups = sample_groups(self.model, self.environment, self.pool, self.tokenizer, t.responses, derive(self.seed, "budgets"),
+                               slots=t.slots, capacity=t.capacity, sampling=Sampling(t.max_new_tokens, t.temperature))  # fmt: skip
+        return toggle_budgets([[sum(r.generated) for r in group if r.valid and r.reward >= task.passing]
+                               for task, group in zip(self.pool, groups)], t.percentile)  # fmt: skip
+
+    def _sample(self):
+        """Rollouts of `prompts` whole groups, and the place in the pool of each one's prompt."""
+
+        async def script():
+            while len(self._numbers) < self.t.prompts + self.t.ahead:
+                number = self._again.pop(0) if self._again else self._submitted
+                self._submitted = max(self._submitted, number + 1)
+                seeds = [derive(self.seed, number, response) for response in range(self.t.responses)]
+                self._numbers[self._manager.submit(self.pool[self._place(number)], seeds)] = number
+            return await self._manager.collect(self.t.prompts)
+
+        rollouts = [rollout for group in self._runner.run(script()) for rollout in group]
+        places = {group: self._place(self._numbers.pop(group)) for group in {r.group for r in rollouts}}
+        return [places[rollout.group] for rollout in rollouts], rollouts
+
+    def _place(self, number):
+        """Place in the pool of the prompt of that number: seeded epochs."""
+        epoch, place = divmod(number, len(self.pool))
+        generator = torch.Generator().manual_seed(derive(self.seed, "epoch", epoch))
+        return int(torch.randperm(len(self.pool), generator=generator)[place])
+
+    def _measured(self, places, rollouts):
+        """(rewards, correct, lengths, groups, prompts, valid) of the rollouts, tensors (R,)."""
+        rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float32)
+        passing = torch.tensor([self.pool[place].passing for place in places])
+        valid = torch.tensor([r.valid for r in rollouts])
+        return (rewards, (rewards >= passing - 1e-6) & valid, torch.tensor([sum(r.generated) for r in rollouts]),
+                torch.tensor([r.group for r in rollouts]), torch.tensor(places), valid)  # fmt: skip
+
+    # -- going on later
+
+    def state(self):
+        """What `load_state` needs beside the weights and the optimizer's state: JSON."""
+        budgets = None if self.budgets is None else [None if math.isinf(b) else b for b in self.budgets.tolist()]
+        waiting = sorted([*self._numbers.values(), *self._again])
+        return {"iteration": self.iteration, "submitted": self._submitted, "waiting": waiting, "budgets": budgets}
+
+    def load_state(self, state):
+        """Go on behind a saved iteration, once model and optimizer are what they were. Prompts that were in flight are
+        begun again; without `ahead` there are none, and the run is what it would have been, to the last bit."""
+        self.iteration, self._submitted, self._again = state["iteration"], state["submitted"], list(state["waiting"])
+        budgets = state["budgets"]
+        self.budgets = None if budgets is None else torch.tensor([math.inf if b is None else b for b in budgets])
+        self._engine.update(self.model, self.iteration)
+
+
+def _cut_off(rollouts):
+    """Which of them ended because there was no room: (R,) float."""
+    return torch.tensor([float(r.info.finish == "length") for r in rollouts])

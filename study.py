@@ -1,0 +1,174 @@
+"""Experiments of many cells, such as an arm with a seed: run side by side, kept as JSON, summed up with intervals.
+
+    results = run_cells(folder, {"plain-0": {"arm": "plain", "seed": 0}, …}, work, rows={"plain-0": 40, …}, workers=2)
+
+`work(folder, name, log, **arguments)` is a function of a module; it returns JSON and may write models below the folder. Each
+cell runs in a process with one thread. A finished cell is not run again, so an experiment that was interrupted goes on; one
+that was begun with other arguments is refused. `log` writes a row of metrics per step into `cells/NAME.jsonl`.
+
+Intervals are bootstraps over seeds and items at once: both are drawn again, and all seeds answer the same items.
+
+Public names: StudyError, Log, read_rows, run_cells, bootstrap, calibration_error, Estimate.     Tests: pytest tests/test_study.py
+"""
+
+import json
+import multiprocessing
+import pathlib
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import write_file
+
+
+class StudyError(ValueError):
+    """Cells that cannot be run or do not fit what is there; one line says which."""
+
+
+# ------------------------------------------------------------------------------------------------ cells
+
+
+class Log:
+    """The metrics of a cell, a JSON line per step; a cell that is begun again begins them again."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("")
+
+    def __call__(self, **row):
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n")
+
+
+def read_rows(folder, name):
+    """The metrics of a cell, a list of dicts; an unfinished last line is left out."""
+    path = pathlib.Path(folder) / "cells" / f"{name}.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def _cell(work, folder, name, arguments):
+    return work(folder, name, Log(folder / "cells" / f"{name}.jsonl"), **arguments)
+
+
+def run_cells(folder, cells, work, rows=None, workers=2, what="cells"):
+    """Run what is missing. Returns {name: result} in the order of the cells.
+
+    folder: of the experiment; cells: {name: JSON arguments}; work: see the module; rows: {name: int} rows that each will log,
+    for the progress bar; workers: processes, 0 runs them in this one. Raises StudyError when a cell fails, naming it,
+    after the cells that run have ended; what is finished is kept.
+    """
+    folder, rows = pathlib.Path(folder), rows or {}
+    path = lambda name: folder / "cells" / f"{name}.json"  # noqa: E731
+    results, missing = {}, []
+    for name, arguments in cells.items():
+        kept = json.loads(path(name).read_text()) if path(name).exists() else None
+        if kept and kept["arguments"] != json.loads(json.dumps(arguments)):
+            changed = [key for key in arguments if kept["arguments"].get(key) != json.loads(json.dumps(arguments[key]))]
+            raise StudyError(f"{path(name)} was made with another {', '.join(changed) or 'set of arguments'}: choose another folder or remove it")
+        if kept:
+            results[name] = kept["result"]
+        else:
+            missing.append(name)
+    (folder / "cells").mkdir(parents=True, exist_ok=True)
+
+    def keep(name, result):
+        write_file(path(name), json.dumps({"arguments": cells[name], "result": result}) + "\n")
+        results[name] = json.loads(json.dumps(result))
+
+    if workers == 0:
+        for name in missing:
+            keep(name, _cell(work, folder, name, cells[name]))
+    elif missing:
+        _side_by_side(folder, {name: cells[name] for name in missing}, work, rows, workers, what, keep)
+    return {name: results[name] for name in cells}
+
+
+def _side_by_side(folder, cells, work, rows, workers, what, keep):
+    for name in cells:  # of an earlier attempt
+        (folder / "cells" / f"{name}.jsonl").unlink(missing_ok=True)
+    total = sum(rows.get(name, 0) for name in cells)
+    with (ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool,
+          tqdm(total=total, unit="step", desc=what, dynamic_ncols=True) as bar):  # fmt: skip
+        running = {pool.submit(_cell, work, folder, name, arguments): name for name, arguments in cells.items()}
+        failed = None
+        while running:
+            done, _ = wait(running, 1.0, FIRST_COMPLETED)
+            for future in done:
+                name = running.pop(future)
+                if future.cancelled():
+                    continue
+                if error := future.exception():
+                    failed = failed or StudyError(f"{what}, cell {name}: {type(error).__name__}: {error}")
+                    for other in running:
+                        other.cancel()
+                else:
+                    keep(name, future.result())
+            _show(bar, folder, cells)
+        if failed:
+            raise failed
+
+
+def _show(bar, folder, cells):
+    """Move the bar to the rows that all cells have logged, and tell the last of each that runs."""
+    logged = {name: read_rows(folder, name) for name in cells}
+    bar.n = sum(map(len, logged.values()))
+    lasts = [(name, found[-1]) for name, found in logged.items() if found and not (folder / "cells" / f"{name}.json").exists()]
+    show = lambda row: " ".join(f"{key} {row[key]:.3g}" for key in ("loss", "reward", "tokens_per_s") if row.get(key) is not None)  # noqa: E731
+    bar.set_postfix_str("; ".join(f"{name} {show(row)}" for name, row in lasts[:3]))
+    bar.refresh()
+
+
+# -------------------------------------------------------------------------------------------- estimates
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and the ends of its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def differs(self):
+        """Whether 0 lies outside: for differences."""
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap(table, draws=4000, seed=0):
+    """Mean of a table with its 95 % percentile interval, seeds and items drawn again together.
+
+    table: (S,I) floats — S seeds, I items that are the same for all seeds; for a paired comparison, their differences.
+    """
+    table = np.asarray(table, dtype=np.float64)
+    if table.ndim != 2 or not table.size:
+        raise StudyError(f"a table of shape {table.shape}: expected seeds × items, at least one of each")
+    rng, (seeds, items) = np.random.default_rng(seed), table.shape
+    by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # (draws,S) weights
+    by_item = rng.multinomial(items, np.full(items, 1 / items), size=draws) / items  # (draws,I)
+    means = np.einsum("ds,si,di->d", by_seed, table, by_item, optimize=True)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Estimate(float(table.mean()), float(low), float(high))
+
+
+def calibration_error(confidence, correct, bins=10):
+    """Expected calibration error: Σ share of bin · |mean confidence − accuracy|, over bins of equal width.
+
+    confidence: (I,) in 0…1; correct: (I,) bool or 0/1. Returns float in 0…1; 0 for no items.
+    """
+    confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(confidence[place == b].sum() - correct[place == b].sum()) for b in range(bins)]
+    return float(sum(gaps) / max(len(confidence), 1))
