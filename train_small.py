@@ -12,7 +12,13 @@ Run: make train            (all of it, then runs/toy/report.md; minutes: README)
      python train_small.py --help                           (a flag for every field of every config)
      torchrun --nproc-per-node 4 -- train_small.py --pp 2 --virtual-stages 2 --ep 2 --run runs/four
 
-Public names: TrainConfig, Stage, plan, train, main.
+And what begins with the model that this makes, each with --help of its own:
+     python train_small.py rl              zero-vision SFT, joint RL, RFT                      (rl_job.py)
+     python train_small.py toggle          fewer tokens at equal accuracy?                     (toggle_experiment.py)
+     python train_small.py zero-vision     does SFT on text alone make it use tools on pictures?    (vision_experiments.py)
+     python train_small.py transfer        does RL on pictures help text?                      (vision_experiments.py)
+
+Public names: TrainConfig, Stage, plan, train, COMMANDS, main.
 Letters: B rows, T tokens, C hidden, U vocabulary.     Tests: pytest tests/test_train_small.py
 """
 
@@ -20,6 +26,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import importlib
 import importlib.metadata
 import json
 import math
@@ -544,9 +551,18 @@ def read_flags(arguments):
     return t, model_config(base, model, vision), flags.resume
 
 
+COMMANDS = {  # first argument to (module, what its main is told)
+    "rl": ("rl_job", {}), "toggle": ("toggle_experiment", {}),
+    "zero-vision": ("vision_experiments", {"command": "zero-vision"}), "transfer": ("vision_experiments", {"command": "transfer"}),
+}  # fmt: skip
+
+
 def main(arguments=None):
-    """Train, measure, report. Exit code 0 after PASS, 1 after FAIL or divergence, 2 on misuse."""
-    began = time.perf_counter()
+    """Train, measure, report; or what the first argument names. Exit code 0 after PASS, 1 after FAIL or divergence, 2 on misuse."""
+    began, arguments = time.perf_counter(), sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in COMMANDS:
+        module, told = COMMANDS[arguments[0]]
+        return importlib.import_module(module).main(arguments[1:], **told)
     try:
         rank, _ = join_processes()
         t, config, resume = read_flags(arguments)

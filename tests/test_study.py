@@ -1,0 +1,76 @@
+"""Claims about study.py: cells are kept and go on, and intervals are what they say.
+
+Run: .venv/bin/python -m pytest tests/test_study.py
+"""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from study import Estimate, StudyError, bootstrap, calibration_error, read_rows, run_cells
+
+
+def double(folder, name, log, value):
+    """A cell."""
+    if value < 0:
+        raise ArithmeticError("negative")
+    for step in range(2):
+        log(step=step, loss=value / (step + 1) if value else math.nan)
+    return {"doubled": 2 * value}
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path):
+    cells = {"a": {"value": 1}, "b": {"value": 2}}
+    assert run_cells(tmp_path, cells, double, workers=0) == {"a": {"doubled": 2}, "b": {"doubled": 4}}
+    assert [row["loss"] for row in read_rows(tmp_path, "b")] == [2.0, 1.0]
+    path = tmp_path / "cells" / "a.json"
+    path.write_text(json.dumps({"arguments": {"value": 1}, "result": "kept"}))
+    (tmp_path / "cells" / "b.json").unlink()
+    assert run_cells(tmp_path, cells, double, workers=0) == {"a": "kept", "b": {"doubled": 4}}
+
+
+def test_cells_of_other_arguments_are_refused(tmp_path):
+    run_cells(tmp_path, {"a": {"value": 1}}, double, workers=0)
+    with pytest.raises(StudyError, match="a.json was made with another value"):
+        run_cells(tmp_path, {"a": {"value": 3}}, double, workers=0)
+
+
+def test_processes_give_the_same_and_a_failed_cell_is_named_and_the_others_kept(tmp_path):
+    with pytest.raises(StudyError, match="cells, cell bad: ArithmeticError: negative"):
+        run_cells(tmp_path, {"good": {"value": 5}, "bad": {"value": -1}}, double, {"good": 2}, workers=1)
+    assert run_cells(tmp_path, {"good": {"value": 5}}, double, workers=0) == {"good": {"doubled": 10}}
+
+
+def test_missing_numbers_are_null_and_a_torn_line_is_left_out(tmp_path):
+    run_cells(tmp_path, {"a": {"value": 0}}, double, workers=0)
+    with open(tmp_path / "cells" / "a.jsonl", "a") as file:
+        file.write('{"step": 2')
+    assert [row["loss"] for row in read_rows(tmp_path, "a")] == [None, None]
+
+
+def test_the_interval_covers_the_mean_of_both_populations():
+    """Seeds and items both vary: of 200 experiments some 95 % cover the true mean; drawing items alone again would not."""
+    rng, covered, narrow = np.random.default_rng(0), 0, 0
+    for trial in range(200):
+        table = rng.normal(0, 1, (8, 1)) + rng.normal(0, 1, (1, 40)) + rng.normal(0, 1, (8, 40))
+        found = bootstrap(table, draws=400, seed=trial)
+        covered += found.low <= 0 <= found.high
+        by_item = table.mean(0)
+        narrow += abs(by_item.mean()) <= 1.96 * by_item.std() / 40**0.5
+    assert covered > 170 and narrow < 150
+
+
+def test_estimates_read_as_they_are():
+    found = bootstrap(np.ones((3, 4)))
+    assert (found.mean, found.low, found.high) == (1.0, 1.0, 1.0) and found.differs and str(found) == "1.000 [1.000, 1.000]"
+    assert not Estimate(0.1, -0.1, 0.3).differs
+    with pytest.raises(StudyError, match="seeds × items"):
+        bootstrap(np.ones(3))
+
+
+def test_calibration_error_by_hand():
+    """Two bins: confidence 0.9 with accuracy ½ (gap 0.4, half of all), 0.2 with accuracy 0 (gap 0.2)."""
+    assert calibration_error([0.9, 0.9, 0.2, 0.2], [1, 0, 0, 0]) == pytest.approx(0.3)
+    assert calibration_error([1.0, 0.0], [1, 0]) == 0 and calibration_error([], []) == 0
