@@ -323,7 +323,7 @@ class Learner:
                                for task, group in zip(self.pool, groups)], t.percentile)  # fmt: skip
 
     def _sample(self):
-        """Rollouts of `prompts` whole groups, and the place in the pool of each one's prompt."""
+        """Rollouts of `prompts` whole groups, whose group is the prompt's number, and the place of each one's prompt in the pool."""
 
         async def script():
             while len(self._numbers) < self.t.prompts + self.t.ahead:
@@ -333,9 +333,11 @@ class Learner:
                 self._numbers[self._manager.submit(self.pool[self._place(number)], seeds)] = number
             return await self._manager.collect(self.t.prompts)
 
-        rollouts = [rollout for group in self._runner.run(script()) for rollout in group]
-        places = {group: self._place(self._numbers.pop(group)) for group in {r.group for r in rollouts}}
-        return [places[rollout.group] for rollout in rollouts], rollouts
+        rollouts = []
+        for group in self._runner.run(script()):
+            number = self._numbers.pop(group[0].group)
+            rollouts += [dataclasses.replace(rollout, group=number) for rollout in group]
+        return [self._place(rollout.group) for rollout in rollouts], rollouts
 
     def _place(self, number):
         """Place in the pool of the prompt of that number: seeded epochs."""

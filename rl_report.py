@@ -62,18 +62,19 @@ def trajectory(rollout, tokenizer):
     for generated, run in groupby(rollout.generated):
         end = start + len(list(run))
         text = tokenizer.decode(rollout.ids[start:end])
+        text = "".join(letter if letter.isprintable() or letter == "\n" else "·" for letter in text)
         found.append((re.sub(r"(<\|media_pad\|>)+", "▦", text), generated))
         start = end
     return found
 
 
-def plot_trajectories(samples, tokenizer, path, columns=4, width=46):
+def plot_trajectories(samples, tokenizer, path, columns=4, width=56):
     """One column per sample: its pictures, the conversation (what the model wrote in blue), the reward.
 
     samples: list of (task, Rollout).
     """
     rows = -(-len(samples) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 5.6 * rows), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.4 * columns, 4.4 * rows), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, (task, rollout) in zip(axes.flat, samples):
@@ -93,7 +94,7 @@ def plot_trajectories(samples, tokenizer, path, columns=4, width=46):
                     if line > 0.0:
                         axis.text(0, line, part.replace("$", r"\$"), fontsize=6.2, family="monospace", va="top",
                                   color=BLUE if generated else GREY)  # fmt: skip
-                    line -= 0.027
+                    line -= 0.03
     save_figure(figure, path)
 
 

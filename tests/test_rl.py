@@ -5,6 +5,7 @@ Run: .venv/bin/python -m pytest tests/test_rl.py
 
 import asyncio
 import dataclasses
+import json
 import math
 import random
 
@@ -18,8 +19,8 @@ from k25 import K25, K25Config
 from media import image_item, merged_tokens
 from objective import policy_objective_reference
 from optim import MuonClip
-from rl import RLConfig, RLError, policy_batches, policy_logprobs, policy_step
-from rollout import Rollout, RolloutManager, Sampling
+from rl import Learner, RLConfig, RLError, control_lengths, length_penalty, policy_batches, policy_logprobs, policy_step
+from rollout import Rollout, RolloutManager, Sampling, digest
 from tokenizer import Tokenizer
 from train_small import model_config
 
@@ -196,3 +197,109 @@ def test_the_policy_learns_what_is_rewarded():
         means.append(sum(r.reward for r in rollouts) / len(rollouts))
         policy_step(model, optimizer, rollouts, torch.tensor([r.reward for r in rollouts]), RLConfig())
     assert sum(means[:2]) / 2 < 0.5 and sum(means[-2:]) / 2 > 0.85, means
+
+
+# Lengths
+
+
+def lengths_case():
+    """Two prompts with three responses each, in mixed order; the last of prompt 1 is invalid."""
+    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    return {"rewards": rewards, "correct": rewards > 0.5, "lengths": torch.tensor([10, 30, 20, 5, 15, 99]), "groups": torch.tensor([7, 7, 7, 4, 4, 4]),
+            "prompts": torch.tensor([0, 0, 0, 1, 1, 1]), "budgets": torch.tensor([20.0, math.inf]),
+            "valid": torch.tensor([True] * 5 + [False])}  # fmt: skip
+
+
+def controlled(control, iteration=0, **change):
+    case = lengths_case() | change
+    return control_lengths(*(case[key] for key in ("rewards", "correct", "lengths", "groups", "prompts", "budgets")), iteration, case["valid"],
+                           RLConfig(control=control, lam=0.6, period=2)).tolist()  # fmt: skip
+
+
+def test_bug56_toggle_binds_by_phase_and_only_where_the_prompt_is_learned():
+    assert controlled("none") == lengths_case()["rewards"].tolist()
+    assert controlled("toggle", 0) == [1, 0, 0, 1, 0, 1]  # 30 tokens are over prompt 0's budget; prompt 1 has none
+    assert controlled("toggle", 2) == lengths_case()["rewards"].tolist()  # phase 1
+    assert controlled("toggle", 4) == [1, 0, 0, 1, 0, 1]
+    weak = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0])  # prompt 0 is at a third, below λ
+    assert controlled("toggle", 0, rewards=weak) == weak.tolist()
+    assert controlled("rigid", 2, rewards=weak) == [0, 0, 0, 1, 0, 1]  # binds there too, in every phase
+
+
+def test_the_length_penalty_is_kimi_k1_5s_by_hand():
+    """Prompt 7: lengths 10, 30, 20 → ½, −½, 0; the wrong one gets at most 0. Prompt 4: 5 and 15, the invalid one is not there."""
+    assert controlled("penalty") == [1.25, 0.75, 0.0, 1.25, -0.25, 1.0]
+    case = lengths_case()
+    alike = length_penalty(case["correct"], torch.full((6,), 8), case["groups"], case["valid"])
+    assert alike.tolist() == [0.0] * 6
+
+
+# The loop
+
+
+@dataclasses.dataclass(frozen=True)
+class Letters:
+    """A prompt whose answer is rewarded for letters, in the place of a Task."""
+
+    name: str
+    passing: float = 0.75
+
+
+async def letters(task, handle, seed):
+    """Four bytes; the reward is the share of them in the lower half."""
+    talk = handle.conversation()
+    talk.user(task.name)
+    await handle.answer(talk)
+    written = [i for i, sampled in zip(talk.ids, talk.generated) if sampled]
+    return handle.rollout(talk, sum(i < 128 for i in written) / len(written))
+
+
+POOL = [Letters(name) for name in ("a", "bc", "def")]
+LOOP = RLConfig(prompts=2, responses=4, slots=8, capacity=64, max_new_tokens=4, lr=0.03, adamw_lr=0.05)
+
+
+def learned(t, iterations, saved=None):
+    """Rows, digests of rollouts and the weights of some iterations; saved: (state, model, optimizer tensors) to go on from."""
+    model = built(dtype=torch.float32)
+    with Learner(model, letters, POOL, TOKENIZER, t, seed=3) as learner:
+        if saved:
+            model.load_state_dict(saved[1])
+            learner.optimizer.load_state_tensors(saved[2])
+            learner.load_state(saved[0])
+        found = [learner.iterate() for _ in range(iterations)]
+        state = (learner.state(), {k: v.clone() for k, v in model.state_dict().items()},
+                 {k: v.clone() for k, v in learner.optimizer.state_tensors().items()})  # fmt: skip
+    return [row for _, row in found], [digest(r) for rollouts, _ in found for r in rollouts], state
+
+
+@pytest.mark.parametrize("control", ["none", "toggle"])
+def test_a_resumed_loop_is_what_it_would_have_been(control):
+    t = dataclasses.replace(LOOP, control=control, period=1)
+    rows, digests, (_, weights, _) = learned(t, 4)
+    first, begun, state = learned(t, 2)
+    state = (json.loads(json.dumps(state[0])), *state[1:])
+    later, went_on, (_, again, _) = learned(t, 2, state)
+    assert begun + went_on == digests and [row["iteration"] for row in later] == [2, 3]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert [row["phase"] for row in first + later] == [row["phase"] for row in rows] == ([0, 1, 0, 1] if control == "toggle" else [None] * 4)
+
+
+def test_every_prompt_comes_once_an_epoch():
+    with Learner(built(dtype=torch.float32), letters, POOL, TOKENIZER, LOOP) as learner:
+        places = [learner._place(number) for number in range(9)]
+    assert all(sorted(places[i : i + 3]) == [0, 1, 2] for i in (0, 3, 6)) and len(set(map(tuple, (places[:3], places[3:6], places[6:])))) > 1
+
+
+def test_rollouts_in_flight_go_on_under_the_next_weights():
+    """One slot for three groups: an iteration trains on the first whole one, and tokens say which weights drew them."""
+    t = dataclasses.replace(LOOP, prompts=1, ahead=2, slots=3)
+    rows, _, (state, _, _) = learned(t, 4)
+    assert sum(row["stale"] for row in rows) > 0 and all(row["mismatch"] < 1 for row in rows)
+    assert len(state["waiting"]) == 2 and state["submitted"] == 6
+
+
+def test_a_pool_and_controls_that_cannot_be_are_refused():
+    with pytest.raises(RLError, match="pool of prompts is empty"):
+        Learner(built(), letters, [], TOKENIZER, LOOP)
+    with pytest.raises(RLError, match="control 'short'"):
+        RLConfig(control="short")
