@@ -40,6 +40,7 @@ LOAD = 16  # tokens of one expert in one product, at least
 ALIGNED = 64  # numbers; two vector registers of the narrowest type, on the widest machine
 TRIALS = 3  # of each width
 REMEMBERED = 512  # media items whose embeddings are kept
+_AGREEING = {}  # shapes to what `SlotModel` found by trying
 
 
 class EngineError(ValueError):
@@ -330,8 +331,18 @@ class SlotModel:
         return routed if moe.shared_experts is None else routed + moe.shared_experts(x)
 
     def _check_widths(self):
-        """Keep only those widths in which each row has the same bits, in every place, in prefill and decode."""
+        """Keep only those widths in which each row has the same bits, in every place, in prefill and decode.
+
+        Which do depends on the shapes and on the machine: a process tries them once for models of the same shapes.
+        """
         ladders = self._prompt_widths, self._decode_widths
+        key = self.model.config, self.cache.buffer.dtype, self.device, self.capacity, *map(tuple, ladders)
+        if key not in _AGREEING:
+            self._try_widths(ladders)
+            _AGREEING[key] = self._together, self._prompt_widths, self._decode_widths
+        self._together, self._prompt_widths, self._decode_widths = _AGREEING[key]
+
+    def _try_widths(self, ladders):
         for self._together in (True, False) if self._together else (False,):
             self._prompt_widths, self._decode_widths = agreeing = self._widths_that_agree(*ladders)
             if all(ours and ours[-1] == ladder[-1] for ours, ladder in zip(agreeing, ladders)):
