@@ -29,11 +29,13 @@ import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
+from PIL import Image
+
 import tasks
 from interpreter import InterpreterPool
 from media import MediaConfig, image_item
 from rewards import Score, invalid
-from rollout import Sampling
+from rollout import UNSEEN, Sampling
 from template import Message, ToolCall
 
 
@@ -231,9 +233,9 @@ class Episode:
         self.over = False
 
     def opening(self):
-        """The prompt's turns: [(role, parts)], parts being texts and RGB pictures."""
-        images = iter(self.task.images)
-        parts = self.task.parts(self.variant.wording, self.environment.see, named="python" in self.offered)
+        """The prompt's turns: [(role, parts)], parts being texts and RGB pictures, or UNSEEN in their places."""
+        images = iter(self.task.images if self.environment.see else [UNSEEN] * len(self.task.images))
+        parts = self.task.parts(self.variant.wording, named="python" in self.offered)
         parts = [next(images) if part["type"] == "image" else part["text"] for part in parts]
         if instruction := ANSWERS[self.variant.answer][0] if not self.task.app else "":
             parts[-1] += f"\n{instruction}"
@@ -305,7 +307,8 @@ class _Game:
 class Environment:
     """Tasks with tools, a judge and a way of prompting.
 
-    toolset: Toolset; judge: like Judge; see: bool — pictures are in the prompt, else only in the files of programs;
+    toolset: Toolset; judge: like Judge; see: bool — pictures are in the prompt, else their marks alone, and they are only in
+    the files of programs;
     diversity: Diversity, and seed: int, of which each task's Variant is drawn; thinking: bool, or None for what
     each task says; sampling: Sampling of each answer, None for the manager's; budget: generated tokens of an episode, None
     for no limit; media: MediaConfig of the model.
@@ -327,7 +330,7 @@ class Environment:
         thinking = task.thinking if self.thinking is None else self.thinking
         talk = handle.conversation(episode.declarations, thinking, tools_format=episode.variant.tools_format)
         for role, parts in episode.opening():
-            getattr(talk, role)(*(part if isinstance(part, str) else self._item(part) for part in parts))
+            getattr(talk, role)(*(part if isinstance(part, str) or part is UNSEEN else self._item(part) for part in parts))
         while True:
             message = await handle.answer(talk, self._sampling(handle, talk))
             spent = self.budget is not None and sum(talk.generated) >= self.budget
@@ -381,7 +384,7 @@ class Environment:
 
 
 def _observation(parts):
-    return Observation("\n".join(part for part in parts if isinstance(part, str)), tuple(part for part in parts if not isinstance(part, str)))
+    return Observation("\n".join(part for part in parts if isinstance(part, str)), tuple(part for part in parts if isinstance(part, Image.Image)))
 
 
 # ---------------------------------------------------------------------------------------- command line

@@ -24,7 +24,7 @@ The cap on concurrent inference is the engine's number of slots; coroutines that
 
 Run: python rollout.py bench        (100,000 coroutines over a model that computes nothing)
 
-Public names: Rollout, Info, Conversation, Sampling, Handle, RolloutManager, RolloutError, NullModel, derive, digest, bench,
+Public names: Rollout, Info, Conversation, UNSEEN, Sampling, Handle, RolloutManager, RolloutError, NullModel, derive, digest, bench,
 main.     Tests: pytest tests/test_rollout.py
 """
 
@@ -111,12 +111,16 @@ def derive(seed, *path):
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 
+UNSEEN = object()
+
+
 class Conversation:
     """What was said, as ids, and which of them the model sampled.
 
     tokenizer: Tokenizer; tools: list of dicts, declared first; thinking: bool — whether answers begin with open `<think>`;
     tools_format: see `template.declare_tools`; name: what its draws are keyed by within a rollout.
-    A turn's parts are str, MediaItem (a picture) or a list of MediaItem (the chunks of a clip).
+    A turn's parts are str, MediaItem (a picture), a list of MediaItem (the chunks of a clip), or UNSEEN: a picture's marks with
+    nothing between them, for a picture that is spoken of and not shown.
     """
 
     __slots__ = ("tokenizer", "thinking", "name", "ids", "generated", "logprobs", "versions", "items", "calls", "finish", "session",
@@ -179,6 +183,10 @@ class Conversation:
         for part in parts:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
+                continue
+            if part is UNSEEN:
+                content.append({"type": "image"})
+                media.append(("image", [(None, 0)]))
                 continue
             chunks = [part] if isinstance(part, MediaItem) else list(part)
             kind = "image" if isinstance(part, MediaItem) else "video"

@@ -190,17 +190,17 @@ class Task:
     key: str  # content; decides the split, the same for both twins
     app: object = field(default=None, repr=False)  # Menu or Dial: then its outcome is judged, not an answer
 
-    def parts(self, wording=0, see=True, named=False):
+    def parts(self, wording=0, named=False):
         """The prompt as content parts of OpenAI's wire format, in the order of `images`.
 
-        wording: int — which of the questions, modulo their number; see: bool — whether pictures are in it; named: bool —
+        wording: int — which of the questions, modulo their number; named: bool —
         say what files hold the pictures, for who can run programs. Returns list of {"type": "image"} and {"type": "text"}.
         """
         lines = [self.words] if self.words else []
         if named and self.files:
             lines.append("image.png" if len(self.files) == 1 else "image.png, glyphs image1.png")
         text = "\n".join([*lines, self.questions[wording % len(self.questions)]])
-        return [{"type": "image"} for _ in self.images if see] + [{"type": "text", "text": text}]
+        return [{"type": "image"} for _ in self.images] + [{"type": "text", "text": text}]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ A trace is an episode of environment.py, answered by a script instead of a model
 learning, token for token, and only answers carry loss. Tools really run, on the really rendered picture. The judge decides:
 what it does not pass is dropped and counted.
 
-zero-vision    text only. The user asks about image.png, which is nowhere in the context; a short Python program looks at it
+zero-vision    text only. The user asks about image.png, of which the context has the marks of a picture and nothing between
+               them; a short Python program looks at it. (Without the marks, a model that meets them later is lost.)
 text+vision    the picture stands in the context; half of the answers come from a program, half from looking
 none           no traces: the policy of pre-training
 

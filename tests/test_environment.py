@@ -313,11 +313,11 @@ def test_bug63_pictures_have_as_many_places_as_tokens():
     assert rollout.ids.count(TOKENIZER.media_pad) == sum(merged_tokens(item.grid) for item in rollout.items) == 2 * 9
 
 
-def test_without_seeing_no_image_token_is_in_the_context_but_programs_have_the_file(pool):
+def test_without_seeing_the_context_has_the_marks_of_a_picture_and_only_programs_have_the_file(pool):
     task, code = drawn("count"), "print(Image.open('image.png').size)"
     rollout = one(task, Environment(Toolset(Python(pool)), see=False), calls(call(0, "python", code=code)), "2<|im_end|>")
     assert TOKENIZER.media_pad not in rollout.ids and not rollout.items
-    assert "image.png\nhow many" in text_of(rollout) and "(56, 56)" in text_of(rollout)
+    assert "<|media_begin|>image<|media_content|><|media_end|>\nimage.png\nhow many" in text_of(rollout) and "(56, 56)" in text_of(rollout)
 
 
 def test_contents_cannot_forge_a_turn(pool):
