@@ -43,10 +43,10 @@ from sources import SOURCES
 from study import StudyError, bootstrap, calibration_error, read_rows, run_cells
 from tokenizer import Tokenizer
 
-LOOKED = tuple(name for name in tasks.TASKS if tasks.TASKS[name].ability != "agentic")  # a program can answer them
+LOOKED = ("colour", "count", "measure", "chart")  # kinds of task: those whose programs the toy learns to write in minutes
 SFT_ARMS = ("zero-vision", "text+vision", "none")
 RL_ARMS = ("vision", "text", "joint", "shuffled", "sft")
-ROOM = 768  # tokens of a conversation
+ROOM = 640  # tokens of a conversation
 UNRELATED = ("next", "largest")  # questions of pre-training, in words, that no task asks
 
 
@@ -59,11 +59,11 @@ class StudySettings:
     seeds: int = 5
     first_seed: int = 1  # seed 0 was used to choose the settings
     traces: int = 2400
-    sft_steps: int = 300
-    sft_lr: float = 3e-3
-    sft_adamw_lr: float = 1.5e-3
-    each: int = 8  # held-out tasks of each kind
-    max_new_tokens: int = 320  # of one answer
+    sft_steps: int = 400
+    sft_lr: float = 2e-3
+    sft_adamw_lr: float = 1e-3
+    each: int = 24  # held-out tasks of each kind
+    max_new_tokens: int = 240  # of one answer
     workers: int = 2  # processes
 
     def __post_init__(self):
@@ -81,7 +81,8 @@ class TransferSettings(StudySettings):
     """And what only transfer needs."""
 
     run: str = "runs/transfer"
-    iterations: int = 16  # of vision RL; the others get as many tokens
+    zero_vision: str = "runs/zero-vision"  # that experiment's folder: its SFT models are the starts, and are made there if need be
+    iterations: int = 12  # of vision RL; the others get as many tokens
     prompts: int = 8
     responses: int = 8
     pool: int = 96  # training prompts
@@ -99,7 +100,7 @@ def _environment(pool, media, *tools):
 
 
 def _questions(t, modality):
-    """Held-out tasks, the same contents for both modalities, all seeds and all arms; agentic ones only in `draw_pool`'s jobs."""
+    """Held-out tasks, the same contents for both modalities, all seeds and all arms."""
     return draw_pool(t.each * len(LOOKED), "held out", list(LOOKED), modality, "heldout")
 
 
@@ -122,9 +123,8 @@ def _answers(model, environment, asked, tokenizer, t, seed):
 # ------------------------------------------------------------------------------------------------- SFT
 
 
-def sft_cell(folder, name, log, arm, seed, only_text=False, **settings):
-    """One arm of SFT from the pre-trained model, measured on held-out pictures with tools. only_text: no measuring; the
-    cell then is where transfer starts."""
+def sft_cell(folder, name, log, arm, seed, **settings):
+    """One arm of SFT from the pre-trained model, measured on held-out pictures with tools."""
     t, tokenizer = StudySettings(**settings), Tokenizer()
     model = load(t.model, dtype=torch.float32)
     with InterpreterPool() as pool:
@@ -132,20 +132,17 @@ def sft_cell(folder, name, log, arm, seed, only_text=False, **settings):
             documents = _documents(arm, t, tokenizer, pool, model, seed)
             _fine_tune(model, documents, t.sft(), tokenizer, seed, log)
         save(model, folder / "models" / name)
-        if only_text:
-            return {}
         asked, seed = _questions(t, "vision"), derive(seed, "measure")
         environment = _environment(pool, model.config.media)
         found, rollouts = _answers(model, environment, asked, tokenizer, t, seed)
-        if t.first_seed == settings.get("first_seed") and name.endswith(f"-{t.first_seed}"):
-            plot_trajectories([(task, r) for task, r in zip(asked, rollouts)][: len(LOOKED)], tokenizer, folder / f"trajectories-{arm}.png")
+        plot_trajectories(list(zip(asked, rollouts))[: 2 * len(LOOKED)], tokenizer, folder / f"trajectories-{name}.png")
         shuffled, _ = _answers(model, environment, _shuffled(asked), tokenizer, t, seed)
         without, _ = _answers(model, _environment(pool, model.config.media, Click()), asked, tokenizer, t, seed)
     return {"with tools": found, "shuffled": shuffled, "no tools": without}
 
 
 def _documents(arm, t, tokenizer, pool, model, seed):
-    collected = traces.collect(arm, t.traces, tokenizer, pool, seed, media=model.config.media)
+    collected = traces.collect(arm, t.traces, tokenizer, pool, seed, list(LOOKED), media=model.config.media)
     return [d for d in map(traces.encode, collected.traces) if len(d.ids) <= t.sft().length]
 
 
@@ -187,8 +184,8 @@ def zero_vision_report(folder, t, cells):
         f"Success of zero-vision less text+vision: {gap}.", "", "## By kind of task: success with tools", "",
         f"| kind | blind, at most | {' | '.join(SFT_ARMS)} |", f"|---|---|{'---|' * len(SFT_ARMS)}", *names, "",
         "![by kind](kinds.png)", "", f"Numbers on the axis: {', '.join(f'{i} {name}' for i, name in enumerate(LOOKED))}.", "",
-        "## Trajectories\n\nThe first of each kind; blue is what the model wrote, ▦ stands for the picture.", "",
-        *[f"![{arm}](trajectories-{arm}.png)" for arm in SFT_ARMS], "",
+        "## Trajectories\n\nThe first two of each kind; blue is what the model wrote, ▦ stands for the picture.", "",
+        *[f"![{arm}](trajectories-{arm}-{t.first_seed}.png)" for arm in SFT_ARMS], "",
         "Settings: config.json; every step: cells/*.jsonl. Settings were chosen on seed 0, which is not among these.", ""]))  # fmt: skip
     return [*rows, f"zero-vision less text+vision: {gap}   chance at most {blind:.3f}"]
 
@@ -215,7 +212,7 @@ class _Shuffled:
 def rl_cell(folder, name, log, arm, seed, budget=None, **settings):
     """One arm from its seed's SFT model. budget: tokens that all its rollouts (or SFT rows) may have, None for `iterations`."""
     t, tokenizer = TransferSettings(**settings), Tokenizer()
-    model = load(folder / "models" / f"start-{seed}", dtype=torch.float32)
+    model = load(pathlib.Path(t.zero_vision) / "models" / f"zero-vision-{seed}", dtype=torch.float32)
     found = {}
     with InterpreterPool() as pool:
         environment = _environment(pool, model.config.media)
@@ -302,31 +299,31 @@ def _curve(found):
 # ---------------------------------------------------------------------------------------- command line
 
 
-def _zero_vision(folder, t):
-    shared = _shared(t)
-    cells = {f"{arm}-{s}": {"arm": arm, "seed": s} | shared for s in range(t.first_seed, t.first_seed + t.seeds) for arm in SFT_ARMS}
+def _shared(t, kind):
+    """The settings that a cell depends on."""
+    return {field.name: getattr(t, field.name) for field in dataclasses.fields(kind) if field.name not in ("run", "seeds", "first_seed", "workers")}
+
+
+def _sft(folder, t, arms):
+    """The cells of SFT arms."""
+    shared = _shared(t, StudySettings)
+    cells = {f"{arm}-{s}": {"arm": arm, "seed": s} | shared for s in range(t.first_seed, t.first_seed + t.seeds) for arm in arms}
     rows = {name: 0 if cell["arm"] == "none" else t.sft_steps for name, cell in cells.items()}
-    return zero_vision_report(folder, t, run_cells(folder, cells, sft_cell, rows, t.workers, "zero-vision"))
+    return run_cells(folder, cells, sft_cell, rows, t.workers, "SFT")
+
+
+def _zero_vision(folder, t):
+    return zero_vision_report(folder, t, _sft(folder, t, SFT_ARMS))
 
 
 def _transfer(folder, t):
-    shared, seeds = _shared(t), range(t.first_seed, t.first_seed + t.seeds)
-    plain = {k: v for k, v in shared.items() if k in {f.name for f in dataclasses.fields(StudySettings)}}
-    cells = {f"start-{s}": {"arm": "zero-vision", "seed": s, "only_text": True} | plain for s in seeds}
-    run_cells(folder / "sft", cells, _start_cell, dict.fromkeys(cells, t.sft_steps), t.workers, "SFT")
+    shared, seeds = _shared(t, TransferSettings), range(t.first_seed, t.first_seed + t.seeds)
+    _sft(pathlib.Path(t.zero_vision), t, ("zero-vision",))
     cells = {f"{arm}-{s}": {"arm": arm, "seed": s} | shared for s in seeds for arm in ("start", "vision")}
     found = run_cells(folder, cells, rl_cell, {name: t.iterations * name.startswith("vision") for name in cells}, t.workers, "vision RL")
     cells = {f"{arm}-{s}": {"arm": arm, "seed": s, "budget": found[f"vision-{s}"]["tokens"]} | shared for s in seeds for arm in RL_ARMS[1:]}
     found |= run_cells(folder, cells, rl_cell, dict.fromkeys(cells, 2 * t.iterations), t.workers, "other arms")
     return transfer_report(folder, t, found)
-
-
-def _start_cell(folder, name, log, **arguments):
-    return sft_cell(folder.parent, name, log, **arguments)  # its model stands beside those of the arms
-
-
-def _shared(t):
-    return {k: v for k, v in dataclasses.asdict(t).items() if k not in ("run", "seeds", "first_seed", "workers")} | {"first_seed": t.first_seed}
 
 
 def main(arguments=None, command="zero-vision"):

@@ -37,7 +37,7 @@ def test_zero_vision_runs_and_is_kept(model, tmp_path, capsys):
     flags = ["zero-vision", "--model", str(model), "--run", str(run), *FLAGS]
     train_small.main(flags)
     assert all(f"| {arm} |" in capsys.readouterr().out for arm in SFT_ARMS[:1])
-    assert {"report.md", "summary.json", "kinds.png", "config.json", "trajectories-zero-vision.png"} <= {path.name for path in run.iterdir()}
+    assert {"report.md", "summary.json", "kinds.png", "config.json", "trajectories-zero-vision-1.png"} <= {path.name for path in run.iterdir()}
     assert len(read_rows(run, "zero-vision-1")) == 1 and not read_rows(run, "none-1")
     before = {path: path.read_bytes() for path in (run / "cells").iterdir()}
     train_small.main(flags)
@@ -46,7 +46,7 @@ def test_zero_vision_runs_and_is_kept(model, tmp_path, capsys):
 
 def test_transfer_runs_with_matched_tokens(model, tmp_path, capsys):
     run = tmp_path / "run"
-    train_small.main(["transfer", "--model", str(model), "--run", str(run), *FLAGS, "--iterations", "1", "--prompts", "1", "--responses", "2", "--pool", "2"])
+    train_small.main(["transfer", "--model", str(model), "--run", str(run), "--zero-vision", str(tmp_path / "sft"), *FLAGS, "--iterations", "1", "--prompts", "1", "--responses", "2", "--pool", "2"])
     written = capsys.readouterr().out
     assert all(f"| {arm} |" in written for arm in ("start", *RL_ARMS)) and "joint RL less the vision expert" in written
     tokens = {arm: json.loads((run / "cells" / f"{arm}-1.json").read_text())["result"]["tokens"] for arm in RL_ARMS}
