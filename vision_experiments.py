@@ -82,7 +82,7 @@ class TransferSettings(StudySettings):
 
     run: str = "runs/transfer"
     zero_vision: str = "runs/zero-vision"  # that experiment's folder: its SFT models are the starts, and are made there if need be
-    iterations: int = 12  # of vision RL; the others get as many tokens
+    iterations: int = 8  # of vision RL; the others get as many tokens
     prompts: int = 8
     responses: int = 8
     pool: int = 96  # training prompts
@@ -226,15 +226,15 @@ def rl_cell(folder, name, log, arm, seed, budget=None, **settings):
             kind = {"vision": "vision", "shuffled": "vision", "text": "text", "joint": None}[arm]
             prompts = draw_pool(t.pool, f"{seed} pool", list(LOOKED), kind)
             played = _Shuffled(environment, prompts) if arm == "shuffled" else environment
-            found["tokens"], half = 0, None
+            found["tokens"] = 0
             with Learner(model, played, prompts, tokenizer, t.rl(), derive(seed, "transfer")) as learner:
                 while found["tokens"] < budget if budget else learner.iteration < t.iterations:
                     rollouts, row = learner.iterate()
                     found["tokens"] += sum(len(r.ids) for r in rollouts)
                     log(stage=arm, **row)
                     halfway = found["tokens"] >= budget / 2 if budget else learner.iteration >= t.iterations / 2
-                    if half is None and halfway:
-                        half = found["half"] = _all_answers(model, environment, tokenizer, t, seed)
+                    if arm in ("vision", "text") and halfway and "half" not in found:  # what the expert of half a budget knows
+                        found["half"] = _all_answers(model, environment, tokenizer, t, seed)
         found["end"] = _all_answers(model, environment, tokenizer, t, seed)
     return found
 
