@@ -7,16 +7,15 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, assert_named, assert_right_ones_pass
 from hypothesis import given
 
 import adapter
-from conformance import check_op, twin
+from conformance import check_op
 from ops_attention import OPS, cache_update, max_logits, rms_norm
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
-EXAMPLES = 10  # enough for every mistake; the oracle itself asks more
 
 
 # Independent versions: one query of one head at a time, in loops
@@ -97,17 +96,12 @@ def test_max_logits_of_hidden_queries_is_minus_infinity():
 
 @EACH
 def test_right_implementations_pass_in_every_dtype(op):
-    for name, function in {"reference": op.reference, **op.twins, **op.variants}.items():
-        for dtype in op.dtypes:
-            finding = check_op(op, twin(function), (dtype,), EXAMPLES)
-            assert finding is None, f"{name}: {finding.text()}"
+    assert_right_ones_pass(op)
 
 
 @pytest.mark.parametrize("op, suspect", SUSPECTS)
 def test_a_mistake_is_caught_and_named(op, suspect):
-    finding = check_op(op, twin(suspect.wrong), max_examples=EXAMPLES)
-    assert finding, "not caught"
-    assert finding.suspect == suspect.name, finding.text()
+    assert_named(op, suspect)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if "kv_b" in op.arguments], ids=lambda op: op.name)

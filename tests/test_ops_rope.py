@@ -9,10 +9,11 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from conftest import assert_named, assert_right_ones_pass
 from hypothesis import given
 
 import adapter
-from conformance import check_op, twin
+from conformance import check_op
 from ops_rope import OPS, softmax_scale
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -72,17 +73,12 @@ def test_the_released_softmax_scale():
 
 @EACH
 def test_right_implementations_pass_in_every_dtype(op):
-    for name, function in {"reference": op.reference, **op.twins, **op.variants}.items():
-        for dtype in op.dtypes:
-            finding = check_op(op, twin(function), (dtype,))
-            assert finding is None, f"{name}: {finding.text()}"
+    assert_right_ones_pass(op)
 
 
 @pytest.mark.parametrize("op, suspect", SUSPECTS)
 def test_a_mistake_is_caught_and_named(op, suspect):
-    finding = check_op(op, twin(suspect.wrong))
-    assert finding, "not caught"
-    assert finding.suspect == suspect.name, finding.text()
+    assert_named(op, suspect)
 
 
 def test_tables_are_asked_beyond_the_original_length_and_for_packed_documents():
