@@ -474,7 +474,7 @@ def run(bench, command):
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # the profiler announces itself otherwise
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # … and its allocator what was there before
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, (bench, folder), bench.ranks)
+        multiprocessing.start_processes(work, (bench, folder), bench.ranks, start_method="forkserver")
         measured = json.loads((pathlib.Path(folder) / "measured.json").read_text(encoding="utf-8"))
     workers = {"core": bench.ranks, "wall": bench.ranks if bench.device == "cuda" else min(bench.ranks, os.cpu_count())}
     uneven = {dp: {n: imbalances(batches[n], bench.ranks, dp) for n in numbers} for dp in {both["dep"].dp for both in layouts}}

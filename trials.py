@@ -112,7 +112,8 @@ class Crew:
     def __init__(self, size, device="cpu", patience=300):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the children's: the profiler warns of what it did not see begin
         self.patience, self.folder, self.done = patience, pathlib.Path(tempfile.mkdtemp()), 0
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])  # imported once, not by each of them
         self.pipes, self.processes = [], []
         for rank in range(size):
             mine, its = context.Pipe()

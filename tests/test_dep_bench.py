@@ -23,6 +23,7 @@ from dep_bench import (Bench, MeasuredTrainer, Phases, Spread, backbone_flops, b
                        draw_row, draw_size, encoder_share, figures, global_batch, imbalances, main, middle, model_config,
                        one_core_each, raw)  # fmt: skip
 from k25 import K25, K25Config
+from launcher import forkserver
 from optim import MuonClip
 from parallel import Layout, Place, Trainer, keep_units
 from schedule import schedule_tables
@@ -243,6 +244,7 @@ def test_every_second_is_counted_in_its_phase_and_the_encoders_are_only_the_enco
 def done(tmp_path_factory):
     """The folder that a quick run of two processes has left."""
     folder = tmp_path_factory.mktemp("dep-bench")
+    forkserver()
     flags = ["--quick", "--ranks", "2", "--pp", "2", "--layers", "2", "--repeats", "1", "--memory-steps", "1", "--device", "cpu"]
     assert main([*flags, "--out", str(folder)]) == 0
     return folder

@@ -10,31 +10,25 @@ import datetime
 import functools
 import json
 import math
-import os
-import pathlib
 import random
 import re
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import parallel
 import train_small
 from checkpoint import load_tensors, save_tensors
 from conftest import assert_close, gather
 from data import encode_example, pack_rows
 from example import Example
 from k25 import K25, K25Config, load
+from launcher import PATIENCE, Launched, forkserver, free_port
 from optim import MuonClip
 from parallel import Layout, ParallelError, Place, Trainer, keep_units, split_units
 from step import losses, train_step
@@ -51,7 +45,6 @@ SETTINGS = TrainConfig(dtype="float64", clip_norm=0.7, qk_clip=0.2, lr=0.02, ada
 STEPS, ROWS, LENGTH = 3, 2, 48
 EVERYTHING = ("",)
 pytestmark = pytest.mark.xdist_group("parallel")  # the processes are started once
-PATIENCE = 300  # seconds after which a hang is a failure
 
 # Blocks of 28 pixels (rows, columns) of the pictures in each of the four microbatches; on 4 ranks W ± 1 items and less.
 PICTURES = {"none": ((), (), (), ()), "one": ((), ((2, 3),), (), ()), "three": (((1, 2), (3, 1)), (), (), ((2, 2),)),
@@ -248,24 +241,21 @@ def work(rank, ports, folder):
             dist.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """The folder in which 1, 2 and 4 processes have left the outcomes of all cases."""
     folder = tmp_path_factory.mktemp("outcomes")
+    ports = {world: free_port() for world in (4, 2, 1)}
+    processes = [forkserver().Process(target=work, args=(rank, ports, folder)) for rank in range(4)]
+    for process in processes:
+        process.start()
     deadline = time.monotonic() + PATIENCE
-    started = multiprocessing.spawn(work, ({world: free_port() for world in (4, 2, 1)}, folder), 4, join=False)
-    try:
-        while not started.join(1):
-            assert time.monotonic() < deadline, "the processes hang"
-    finally:
-        for process in started.processes:
-            process.kill()
+    for process in processes:
+        process.join(deadline - time.monotonic())
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert codes == [0] * 4, "a case failed, or hangs"
     return folder
 
 
@@ -400,15 +390,6 @@ def flags(run, *more):
     return [part for name, value in numbers.items() for part in ("--" + name.replace("_", "-"), str(value))] + list(more)
 
 
-def torchrun(processes, *arguments):
-    """Start train_small.py on some processes. Returns the exit codes other than 0, the error lines, and the output."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(free_port()),
-               "--", "train_small.py", *arguments]  # fmt: skip
-    done = subprocess.run(command, cwd=pathlib.Path(parallel.__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=PATIENCE)  # fmt: skip
-    return re.findall(r"exitcode *: (-?\d+) \(pid", done.stderr), done.stderr.splitlines(), done.stdout
-
-
 def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
@@ -416,9 +397,10 @@ def rows(run):
 def test_bug37_bug47_the_stages_run_on_four_processes_as_on_one(tmp_path):
     """From the first stage to the report; every number logged is that of one process, and so is the checkpoint."""
     layout = ("--pp", "2", "--virtual-stages", "2", "--ep", "2", "--zero1")
-    codes, errors, output = torchrun(4, *flags(tmp_path / "four", *layout))
-    assert set(codes) <= {"1"} and (tmp_path / "four" / "report.md").exists(), errors  # 1: a toy that has learned nothing
-    assert len(output.splitlines()) < 25, "more than one process prints"
+    started = Launched(tmp_path / "ranks", 4, train_small.main, flags(tmp_path / "four", *layout))
+    codes = started.ended()
+    assert codes in ([0] * 4, [1, 0, 0, 0]) and (tmp_path / "four" / "report.md").exists(), started.said("err")  # 1: a toy that has learned nothing
+    assert len(started.said("out").splitlines()) < 25, "more than one process prints"
     t, config, _ = train_small.read_flags(flags(tmp_path / "one", "--accumulation", "4"))
     train_small.train(t, config)
     assert len(rows(tmp_path / "four")) == 4
@@ -430,11 +412,3 @@ def test_bug37_bug47_the_stages_run_on_four_processes_as_on_one(tmp_path):
     want, found = (load(tmp_path / run / "models" / "long").state_dict() for run in ("one", "four"))
     for name, tensor in want.items():
         assert_close(found[name], tensor, 1e-9, name)
-
-
-def test_an_impossible_layout_is_one_line_and_exit_code_2_on_every_rank(tmp_path):
-    codes, errors, _ = torchrun(2, *flags(tmp_path / "run", "--ep", "4"))
-    assert codes == ["2"] * 2
-    assert [line for line in errors if "--ep" in line] == [
-        "train_small.py: --ep 4 does not divide --dp 2; nearest: --pp 1 --virtual-stages 1 --ep 2 --dp 2 --microbatches 1"]  # fmt: skip
-    assert not (tmp_path / "run").exists()

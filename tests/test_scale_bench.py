@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import scale_bench
 from k25 import K25, K25Config
+from launcher import forkserver
 from parallel import Layout
 from scale_bench import MEASURES, SCALES, Case, Scale, fit, report, run, samples_of, sweeps
 
@@ -94,6 +95,7 @@ def test_the_slowest_rank_sets_the_clock_and_all_share_the_processor():
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scale-bench")
+    forkserver()
     run(TINY, "cpu", folder)
     return json.loads((folder / "scale_bench.json").read_text()), folder
 

@@ -13,7 +13,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 import weakref
@@ -22,7 +21,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -33,6 +31,7 @@ from conftest import assert_close, gather
 from data import encode_example, pack_rows
 from example import Example
 from k25 import K25, K25Config
+from launcher import PATIENCE, forkserver, free_port
 from optim import MuonClip
 from parallel import Layout, Place, Trainer, keep_units
 from shards import Checkpoints, RankLost, Watch, export
@@ -48,7 +47,6 @@ CONFIG = model_config(K25Config.preset("toy"), MODEL, VISION)
 TOKENIZER = Tokenizer()
 SETTINGS = TrainConfig(dtype="float64", clip_norm=0.7, qk_clip=0.2, lr=0.02, adamw_lr=0.01)
 pytestmark = pytest.mark.xdist_group("shards")  # the processes are started once
-PATIENCE = 300  # seconds after which a hang is a failure
 
 FOUR = Layout(pp=2, ep=2, dp=2, microbatches=2, zero1=True)
 TWO = {"pipeline": Layout(pp=2, virtual_stages=2, microbatches=4), "experts": Layout(ep=2, dp=2, microbatches=2, zero1=True)}
@@ -206,12 +204,6 @@ def work(rank, ports, folder, store_port):
         dist.destroy_process_group()
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """The folder in which the processes have left what they did, and their exit codes."""
@@ -219,8 +211,8 @@ def outcome(tmp_path_factory):
     for run in ("run", "chain"):
         (folder / run).mkdir()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives them all, as torchrun's does
-    ports, context = [free_port() for _ in range(3)], multiprocessing.get_context("spawn")
-    processes = [context.Process(target=work, args=(rank, ports, folder, store.port)) for rank in range(4)]
+    ports = [free_port() for _ in range(3)]
+    processes = [forkserver().Process(target=work, args=(rank, ports, folder, store.port)) for rank in range(4)]
     for process in processes:
         process.start()
     deadline = time.monotonic() + PATIENCE

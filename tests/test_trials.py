@@ -12,6 +12,7 @@ import torch
 
 import trials
 from k25 import K25Config
+from launcher import forkserver
 from parallel import Layout
 from schedule import Work, bubble, schedule_tables, simulate
 from trials import MEMORY, Crew, Settings, TrialError, compare, compare_memory, make_batches, pipeline_trial, report
@@ -21,6 +22,7 @@ TOY = K25Config.preset("toy")
 
 @pytest.fixture(scope="module")
 def crew():
+    forkserver()
     with Crew(4) as crew:
         yield crew
 
