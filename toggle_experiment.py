@@ -1,8 +1,8 @@
 """Does Toggle shorten without harm? Against plain RL, a rigid budget and a length penalty — K2.5 report 4.4.2.
 
 Task: chains in words (tasks.py), `i5 j0 k3`: the last digit of a sum, one addition per label; needed length grows with the
-level. A small decoder learns from traces to think in any of three styles, 2, 5 or 9 bytes an addition, then RL on levels 1–4
-until it converges: the base. From there every arm goes on, with the same prompts, seeds and number of iterations:
+level. A small decoder learns from traces to think in any of three styles, 2, 5 or 9 bytes an addition, most of them long, then RL
+on levels 1–4 until it converges: the base. From there every arm goes on, with the same prompts, seeds and number of iterations:
 
     plain     the outcome alone
     toggle    the outcome, in every other phase only within the prompt's budget, where its accuracy is λ or more
@@ -62,9 +62,11 @@ class ToggleConfig:
     seeds: int = 5
     first_seed: int = 1  # seed 0 was used to choose the settings
     traces: int = 3000
-    sft_steps: int = 700
+    long: float = 0.6  # share of traces in the longest style
+    full: float = 0.3  # in the middle one; the rest are terse
+    sft_steps: int = 600
     pool: int = 64  # training prompts, equally many of each level
-    base_iterations: int = 48
+    base_iterations: int = 40
     iterations: int = 40
     prompts: int = 16
     responses: int = 8
@@ -81,6 +83,8 @@ class ToggleConfig:
         for name in ("seeds", "traces", "pool", "base_iterations", "iterations", "prompts", "responses", "questions"):
             if getattr(self, name) < 1:
                 raise StudyError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not (0 <= self.long and 0 <= self.full and self.long + self.full <= 1):
+            raise StudyError(f"long is {self.long} and full {self.full}: shares of the traces, at most 1 together")
         if self.pool % len(TRAINED):
             raise StudyError(f"pool is {self.pool}: the {len(TRAINED)} levels share it equally")
 
@@ -118,8 +122,8 @@ def base(folder, name, log, seed, **settings):
     """SFT from scratch on traces, then plain RL: the policy from which all arms start."""
     t, tokenizer, model = ToggleConfig(**settings), Tokenizer(), _build(seed)
     with InterpreterPool() as pool:
-        collected = traces.collect("zero-vision", t.traces, tokenizer, pool, seed, ["chain"], text=1.0)
-    documents = [traces.encode(trace) for trace in collected.traces]
+        collected = traces.collect("zero-vision", 4 * t.traces, tokenizer, pool, seed, ["chain"], text=1.0)
+    documents = _mixed(collected.traces, t, tokenizer)
     began = time.perf_counter()
     for step, result in enumerate(finetune(model, documents, SFTConfig(t.sft_steps, lr=6e-3, adamw_lr=4e-3), tokenizer, seed)):
         log(stage="sft", step=step, loss=result.loss, tokens_per_s=result.tokens * (step + 1) / (time.perf_counter() - began))
@@ -131,6 +135,16 @@ def base(folder, name, log, seed, **settings):
     budgets = [b for b in _budgets(model, t, seed) if math.isfinite(b)]
     cap = round(float(np.median(budgets))) if budgets else LONGEST // 4
     return {"sft": after_sft, "base": _measured(model, t, seed), "capped": _capped(model, t, seed, cap), "cap": cap}
+
+
+def _mixed(found, t, tokenizer):
+    """Documents of traces in the wanted shares of styles."""
+    by_style = {"long": [], "full": [], "terse": []}
+    for trace in found:
+        thought = tokenizer.decode(trace.rollout.ids).partition("<think>")[2]
+        by_style["long" if "+" in thought else "full" if "=" in thought else "terse"].append(traces.encode(trace))
+    shares = {"long": t.long, "full": t.full, "terse": 1 - t.long - t.full}
+    return [document for style, share in shares.items() for document in by_style[style][: round(share * t.traces)]]
 
 
 def _budgets(model, t, seed):
