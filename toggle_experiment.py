@@ -64,10 +64,10 @@ class ToggleConfig:
     traces: int = 3000
     long: float = 0.6  # share of traces in the longest style
     full: float = 0.3  # in the middle one; the rest are terse
-    sft_steps: int = 600
+    sft_steps: int = 400
     pool: int = 64  # training prompts, equally many of each level
-    base_iterations: int = 40
-    iterations: int = 40
+    base_iterations: int = 24
+    iterations: int = 32
     prompts: int = 16
     responses: int = 8
     lr: float = 1e-3

@@ -47,6 +47,7 @@ LOOKED = ("colour", "count", "measure", "chart")  # kinds of task: those whose p
 SFT_ARMS = ("zero-vision", "text+vision", "none")
 RL_ARMS = ("vision", "text", "joint", "shuffled", "sft")
 ROOM = 640  # tokens of a conversation
+TEMPERATURE = 0.6  # of what is measured: the release's without thinking; RL samples at 1
 UNRELATED = ("next", "largest")  # questions of pre-training, in words, that no task asks
 
 
@@ -115,7 +116,7 @@ def _shuffled(asked):
 
 
 def _answers(model, environment, asked, tokenizer, t, seed):
-    found, rollouts = measure(model, environment, asked, tokenizer, seed, Sampling(t.max_new_tokens, 1.0), capacity=ROOM)
+    found, rollouts = measure(model, environment, asked, tokenizer, seed, Sampling(t.max_new_tokens, TEMPERATURE), capacity=ROOM)
     return {"passed": list(map(int, found.passed)), "tools": list(found.tools), "tokens": list(found.tokens),
             "confidence": [round(c, 6) for c in found.confidence], "reward": list(found.reward)}, rollouts  # fmt: skip
 
@@ -126,12 +127,14 @@ def _answers(model, environment, asked, tokenizer, t, seed):
 def sft_cell(folder, name, log, arm, seed, **settings):
     """One arm of SFT from the pre-trained model, measured on held-out pictures with tools."""
     t, tokenizer = StudySettings(**settings), Tokenizer()
-    model = load(t.model, dtype=torch.float32)
+    where = folder / "models" / name
+    made = (where / "config.json").exists()  # by an attempt that was interrupted while it was measured
+    model = load(where if made else t.model, dtype=torch.float32)
     with InterpreterPool() as pool:
-        if arm != "none":
-            documents = _documents(arm, t, tokenizer, pool, model, seed)
-            _fine_tune(model, documents, t.sft(), tokenizer, seed, log)
-        save(model, folder / "models" / name)
+        if not made:
+            if arm != "none":
+                _fine_tune(model, _documents(arm, t, tokenizer, pool, model, seed), t.sft(), tokenizer, seed, log)
+            save(model, where)
         asked, seed = _questions(t, "vision"), derive(seed, "measure")
         environment = _environment(pool, model.config.media)
         found, rollouts = _answers(model, environment, asked, tokenizer, t, seed)
@@ -178,7 +181,7 @@ def zero_vision_report(folder, t, cells):
     write_file(folder / "report.md", "\n".join([
         "# Zero-vision SFT: does text alone activate visual tool use?", "",
         f"{t.seeds} seeds; per arm {t.sft_steps} steps on {t.traces} traces from the same questions. {len(asked)} held-out pictures, {t.each} of each kind, one "
-        f"sampled response each (temperature 1). Success: right, with at least one call. Chance without looking at most {blind:.3f}. 95 % intervals: "
+        f"sampled response each (temperature {TEMPERATURE}). Success: right, with at least one call. Chance without looking at most {blind:.3f}. 95 % intervals: "
         "bootstrap over seeds and tasks. The report claims that zero-vision SFT activates visual tool use and that text+vision SFT is much worse.", "",
         "| SFT | success with tools | right at all | called the interpreter | success, shuffled pictures | right without tools |", "|---|---|---|---|---|---|", *rows, "",
         f"Success of zero-vision less text+vision: {gap}.", "", "## By kind of task: success with tools", "",
@@ -274,7 +277,7 @@ def transfer_report(folder, t, cells):
         "# Does visual RL help text?", "",
         f"{t.seeds} seeds, each from zero-vision SFT of its own; {t.iterations} iterations of {t.prompts} × {t.responses} responses for vision RL, the other arms as many "
         f"tokens (read and written). {t.each * len(LOOKED)} held-out contents as pictures with tools and, paired, as text twins without; one sampled response "
-        "each. 95 % intervals: bootstrap over seeds and tasks. Unrelated: 120 multiple-choice questions of pre-training in words, "
+        f"each (temperature {TEMPERATURE}). 95 % intervals: bootstrap over seeds and tasks. Unrelated: 120 multiple-choice questions of pre-training in words, "
         "which no arm trains. Calibration error: of the probability of the answer's tokens on text twins, 10 bins, mean ± deviation over seeds. "
         "The report claims that vision-only RL raised text scores by 1.7 to 2.2 points.", "",
         "| arm | text twins | change | pictures | change | unrelated (change) | calibration error | million tokens |", "|---|---|---|---|---|---|---|---|", *rows, "",
