@@ -47,8 +47,8 @@ class RLConfig:
     responses: int = 8  # to each prompt
     ahead: int = 0  # prompts in flight beyond those: their rollouts go on in the next iteration, under its weights
     slots: int = 64  # of the engine: requests that run at once
-    capacity: int = 512  # most tokens of a conversation
-    max_new_tokens: int = 200  # of one answer
+    capacity: int = 640  # most tokens of a conversation
+    max_new_tokens: int = 240  # of one answer
     lr: float = 1e-3  # of Muon's matrices
     adamw_lr: float = 3e-4  # of everything else
     weight_decay: float = 0.0

@@ -27,9 +27,9 @@ class SFTError(ValueError):
 class SFTConfig:
     """How a model is fine-tuned; each field is a flag with `sft-` before it."""
 
-    steps: int = 300
-    rows: int = 8  # B: packed rows per step
-    length: int = 512  # T: tokens per row
+    steps: int = 450
+    rows: int = 6  # B: packed rows per step
+    length: int = 640  # T: tokens per row
     lr: float = 2e-3  # peak learning rate of Muon's matrices
     adamw_lr: float = 1e-3  # of everything else
     weight_decay: float = 0.02

@@ -35,7 +35,7 @@ from environment import Click, Environment, Python, Toolset
 from interpreter import InterpreterPool
 from k25 import load, save
 from rl import Learner, RLConfig, RLError
-from rl_job import add_flags, draw_pool, measure, take_flags
+from rl_job import MEASURED_AT, add_flags, draw_pool, measure, take_flags
 from rl_report import plot_arms, plot_trajectories
 from rollout import Sampling, derive
 from sft import SFTConfig, SFTError, finetune
@@ -47,7 +47,6 @@ LOOKED = ("colour", "count", "measure", "chart")  # kinds of task: those whose p
 SFT_ARMS = ("zero-vision", "text+vision", "none")
 RL_ARMS = ("vision", "text", "joint", "shuffled", "sft")
 ROOM = 640  # tokens of a conversation
-TEMPERATURE = 0.6  # of what is measured: the release's without thinking; RL samples at 1
 UNRELATED = ("next", "largest")  # questions of pre-training, in words, that no task asks
 
 
@@ -116,7 +115,7 @@ def _shuffled(asked):
 
 
 def _answers(model, environment, asked, tokenizer, t, seed):
-    found, rollouts = measure(model, environment, asked, tokenizer, seed, Sampling(t.max_new_tokens, TEMPERATURE), capacity=ROOM)
+    found, rollouts = measure(model, environment, asked, tokenizer, seed, Sampling(t.max_new_tokens, MEASURED_AT), capacity=ROOM)
     return {"passed": list(map(int, found.passed)), "tools": list(found.tools), "tokens": list(found.tokens),
             "confidence": [round(c, 6) for c in found.confidence], "reward": list(found.reward)}, rollouts  # fmt: skip
 
@@ -181,7 +180,7 @@ def zero_vision_report(folder, t, cells):
     write_file(folder / "report.md", "\n".join([
         "# Zero-vision SFT: does text alone activate visual tool use?", "",
         f"{t.seeds} seeds; per arm {t.sft_steps} steps on {t.traces} traces from the same questions. {len(asked)} held-out pictures, {t.each} of each kind, one "
-        f"sampled response each (temperature {TEMPERATURE}). Success: right, with at least one call. Chance without looking at most {blind:.3f}. 95 % intervals: "
+        f"sampled response each (temperature {MEASURED_AT}). Success: right, with at least one call. Chance without looking at most {blind:.3f}. 95 % intervals: "
         "bootstrap over seeds and tasks. The report claims that zero-vision SFT activates visual tool use and that text+vision SFT is much worse.", "",
         "| SFT | success with tools | right at all | called the interpreter | success, shuffled pictures | right without tools |", "|---|---|---|---|---|---|", *rows, "",
         f"Success of zero-vision less text+vision: {gap}.", "", "## By kind of task: success with tools", "",
@@ -277,7 +276,7 @@ def transfer_report(folder, t, cells):
         "# Does visual RL help text?", "",
         f"{t.seeds} seeds, each from zero-vision SFT of its own; {t.iterations} iterations of {t.prompts} × {t.responses} responses for vision RL, the other arms as many "
         f"tokens (read and written). {t.each * len(LOOKED)} held-out contents as pictures with tools and, paired, as text twins without; one sampled response "
-        f"each (temperature {TEMPERATURE}). 95 % intervals: bootstrap over seeds and tasks. Unrelated: 120 multiple-choice questions of pre-training in words, "
+        f"each (temperature {MEASURED_AT}). 95 % intervals: bootstrap over seeds and tasks. Unrelated: 120 multiple-choice questions of pre-training in words, "
         "which no arm trains. Calibration error: of the probability of the answer's tokens on text twins, 10 bins, mean ± deviation over seeds. "
         "The report claims that vision-only RL raised text scores by 1.7 to 2.2 points.", "",
         "| arm | text twins | change | pictures | change | unrelated (change) | calibration error | million tokens |", "|---|---|---|---|---|---|---|---|", *rows, "",
