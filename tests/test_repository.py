@@ -12,6 +12,8 @@ import tomllib
 
 import pytest
 
+from train_small import COMMANDS
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
@@ -196,7 +198,8 @@ def test_the_readme_names_only_files_that_exist():
     assert not missing
 
 
-WITH_COMMANDS = ("k25.py", "oracle.py", "parallel.py", "storage.py", "interpreter.py", "gateway.py")  # each with its own flags
+WITH_COMMANDS = ("k25.py", "oracle.py", "parallel.py", "storage.py", "interpreter.py", "gateway.py", "rollout.py", "environment.py", "grm.py", "traces.py",
+                 "tasks.py", "engine.py")  # each with its own flags
 
 
 def commands(text):
@@ -228,7 +231,8 @@ def test_every_flag_of_the_readmes_commands_is_accepted(capsys):
             call = ("train_small",)
             flags = given[1]
         elif re.search(r"python[\d.]*$", program) and words and words[0].endswith(".py"):
-            call = (words[0].removesuffix(".py"), *words[1:2]) if words[0] in WITH_COMMANDS else (words[0][:-3],)
+            commanded = words[0] in WITH_COMMANDS or words[1:2] and words[1] in COMMANDS
+            call = (words[0].removesuffix(".py"), *words[1:2]) if commanded else (words[0][:-3],)
             flags = line
         else:
             continue
