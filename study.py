@@ -13,7 +13,9 @@ Public names: StudyError, Log, read_rows, run_cells, bootstrap, calibration_erro
 
 import json
 import multiprocessing
+import os
 import pathlib
+import threading
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -51,8 +53,11 @@ def read_rows(folder, name):
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _one_thread():
+def _begin():
+    """In each process: one thread, and an end when the experiment has ended, however it did."""
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _cell(work, folder, name, arguments):
@@ -96,7 +101,7 @@ def _side_by_side(folder, cells, work, rows, workers, what, keep):
     for name in cells:  # of an earlier attempt
         (folder / "cells" / f"{name}.jsonl").unlink(missing_ok=True)
     total = sum(rows.get(name, 0) for name in cells)
-    with (ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool,
+    with (ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin) as pool,
           tqdm(total=total, unit="step", desc=what, dynamic_ncols=True) as bar):  # fmt: skip
         running = {pool.submit(_cell, work, folder, name, arguments): name for name, arguments in cells.items()}
         failed = None

@@ -5,6 +5,11 @@ Run: .venv/bin/python -m pytest tests/test_study.py
 
 import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -41,6 +46,44 @@ def test_processes_give_the_same_and_a_failed_cell_is_named_and_the_others_kept(
     with pytest.raises(StudyError, match="cells, cell bad: ArithmeticError: negative"):
         run_cells(tmp_path, {"good": {"value": 5}, "bad": {"value": -1}}, double, {"good": 2}, workers=1)
     assert run_cells(tmp_path, {"good": {"value": 5}}, double, workers=0) == {"good": {"doubled": 10}}
+
+
+def forever(folder, name, log):
+    """A cell that never ends."""
+    log(pid=os.getpid())
+    time.sleep(600)
+
+
+SCRIPT = """
+import test_study
+if __name__ == "__main__":
+    test_study.run_cells({folder!r}, {{"a": {{}}}}, test_study.forever, workers=1)
+"""
+
+
+def alive(pid):
+    """Whether a process runs; a zombie does not."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="needs /proc")
+def test_cells_end_when_the_experiment_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(folder=str(tmp_path)))
+    here = pathlib.Path(__file__).parent
+    path = {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}"}
+    experiment = subprocess.Popen([sys.executable, str(script)], env=os.environ | path, stderr=subprocess.DEVNULL)
+    while not (rows := read_rows(tmp_path, "a")):
+        assert experiment.poll() is None
+        time.sleep(0.1)
+    assert alive(rows[0]["pid"])
+    experiment.kill()
+    experiment.wait()
+    while alive(rows[0]["pid"]):  # the test's time-out is the limit
+        time.sleep(0.1)
 
 
 def test_missing_numbers_are_null_and_a_torn_line_is_left_out(tmp_path):
