@@ -1,0 +1,688 @@
+"""Agent Swarm: an orchestrator that gives subtasks to subagents of its own making, which work side by side — K2.5 report 3, E.8.
+
+    python swarm.py run --base-url http://127.0.0.1:8000/v1 --model kimi-k2.5 --corpus notes --run runs/swarm "question"
+    python swarm.py run --run runs/swarm --resume …           # goes on where it was killed
+    python swarm.py run --local runs/toy/model --corpus notes "question"            # a K25 in this process
+
+    outcome = await Swarm(question, policy, corpus, Log(None)).run()
+
+The orchestrator has the report's two tools, create_subagent(name, system_prompt) and assign_task(agent, prompt), beside search, browse
+and python; subagents have the latter three. Calls of one answer run side by side. A subagent sees its prompts and what
+its own tools return, and nothing else; only its last message returns to the orchestrator. Nothing predefines whether, when
+and how often work is given away, and no prompt speaks of it.
+
+- **Policies** answer: `await policy.answer(messages, tools, agent)` → template.Message, messages being OpenAI's dicts. Endpoint asks any
+  server that speaks OpenAI's chat API; Local samples a K25 through rollout.Handle, token in, token out. A Message that knows more, such
+  as its tokens, is written down with it (Sampled).
+- **Limits** are constraints, not advice: steps of each agent, critical steps of the run, tool calls, subagents at once, characters
+  of a context, seconds of an answer. At its limit an agent ends with what it has, and its result says so. One critical step is
+  always kept back for the orchestrator's next answer.
+- **Failures** are observations: a subagent whose model fails, hangs, writes what cannot be used or comes to a limit returns a line
+  that says so and what it had found; the subtask may be given again. What equals one that runs or is finished, apart from
+  case and white space, is refused.
+- **Slots** cap the answers that are sampled at once, and share them between orchestrators and subagents; both can change meanwhile.
+- **The log** (swarm_log.py) holds each answer and result before anything follows from it. A run that was killed asks nobody again
+  for what is in it; only calls that had not returned are made once more.
+
+The key of an endpoint comes from OPENAI_API_KEY alone and is written nowhere.
+
+Public names: Limits, Slots, Swarm, Outcome, Endpoint, Local, Sampled, PolicyError, ContextFullError, SwarmError, DELEGATION, main.
+Tests: pytest tests/test_swarm.py
+"""
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import email.utils
+import functools
+import json
+import os
+import pathlib
+import random
+import re
+import sys
+import time
+import urllib.parse
+from collections import deque
+from dataclasses import dataclass
+
+from corpus import Corpus, Tools, declared, misfit
+from critical import critical_steps, normalised, total_steps
+from swarm_log import Log, LogError, Sampled, View, episode, plain, read_calls, read_message
+from template import SECTION_BEGIN, Message, ToolCall, parse
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+class SwarmError(ValueError):
+    """A swarm that cannot be started or go on; one line says why."""
+
+
+class PolicyError(Exception):
+    """A model that does not answer; one line says why. It ends its agent, nothing else.
+
+    after: seconds until another try may go better; None: it will not.
+    """
+
+    def __init__(self, what, after=None):
+        super().__init__(what)
+        self.after = after
+
+
+class ContextFullError(PolicyError):
+    """The model cannot take a conversation that long."""
+
+
+# ------------------------------------------------------------------------------------------- tools, limits
+
+
+DELEGATION = [
+    declared("create_subagent", "Makes a kind of agent, to be used any number of times.", ["name", "system_prompt"],
+              name=("string", "Its name, unlike all others"), system_prompt=("string", "Its role, what it can do and what not")),
+    declared("assign_task", "Lets an agent do a task. It returns a single message when it is done.", ["agent", "prompt"],
+              agent=("string", "Name of an agent that was created"), prompt=("string", "The task")),
+]  # fmt: skip
+ORCHESTRATOR = "You answer a question from a corpus of pages. Use the tools; when you know the answer, write it without calling a tool."
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a run, each a flag of `run`. Raises SwarmError unless all are positive."""
+
+    main_steps: int = 15  # answers of the orchestrator
+    sub_steps: int = 100  # answers of a subagent, per subtask
+    critical_steps: int = 1000  # of the run
+    tool_calls: int = 1500  # of the run, everybody's
+    agents: int = 100  # subagents at once
+    context: int = 400_000  # characters that an agent sends at most: its messages and tools, as JSON
+    observation: int = 8000  # characters of what a tool or a subagent returns
+    garbage: int = 3  # answers in a row that cannot be used
+    seconds: float = 900.0  # of one answer with its retries, or of one tool call; waiting for a slot is not counted
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            if not getattr(self, f.name) > 0:
+                raise SwarmError(f"{f.name} is {getattr(self, f.name)}: it must be positive")
+
+
+class Slots:
+    """The cap on answers that are sampled at once, shared between orchestrators and subagents; for any number of runs.
+
+    cap: int ≥ 2; share: of the orchestrators, 0…1, who have at least one slot and leave at least one. Raises SwarmError.
+    """
+
+    def __init__(self, cap=16, share=0.25):
+        self.running, self._waiting = {True: 0, False: 0}, {True: deque(), False: deque()}
+        self.change(cap, share)
+
+    def change(self, cap=None, share=None):
+        """Set either or both, at any time: waiting answers begin at once where there is room, running ones are left alone."""
+        cap, share = self.cap if cap is None else cap, self.share if share is None else share
+        if cap < 2 or not 0 <= share <= 1:
+            raise SwarmError(f"{cap} slots, {share} of them for orchestrators: at least 2, and a share of 0 to 1")
+        self.cap, self.share = cap, share
+        main = min(max(1, round(cap * share)), cap - 1)
+        self.quota = {True: main, False: cap - main}
+        self._wake()
+
+    @contextlib.asynccontextmanager
+    async def hold(self, main):
+        """Wait for a slot and have it meanwhile. main: bool — an orchestrator's."""
+        ticket = asyncio.get_running_loop().create_future()
+        self._waiting[main].append(ticket)
+        self._wake()
+        try:
+            await ticket
+            yield
+        finally:
+            if ticket.done() and not ticket.cancelled():
+                self.running[main] -= 1
+            else:
+                ticket.cancel()
+            self._wake()
+
+    def _wake(self):
+        # After a change of shares the others may still hold more than theirs: the cap holds for both together.
+        for main, waiting in self._waiting.items():
+            while waiting and self.running[main] < self.quota[main] and sum(self.running.values()) < self.cap:
+                ticket = waiting.popleft()
+                if not ticket.done():
+                    self.running[main] += 1
+                    ticket.set_result(None)
+
+
+# ------------------------------------------------------------------------------------------------ the swarm
+
+
+def _calls_before(messages):
+    return sum(len(message.get("tool_calls") or ()) for message in messages)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: str  # "done" | "steps" | "critical steps" | "context" | "garbage"
+    answer: str  # "" when there is none
+
+
+@dataclass
+class _Agent:
+    """One conversation."""
+
+    name: object  # "main", or the number of the subtask
+    messages: list
+    tools: list
+    most: int  # steps
+    kind: str = "main"  # as whom it was created
+    steps: int = 0
+    said: str = ""  # the last content that it wrote
+    state: str = "waits"  # for the view
+
+    @property
+    def main(self):
+        return self.name == "main"
+
+
+async def _together(coroutines):
+    """Results of coroutines that run side by side; the first exception ends all of them."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+class Swarm:
+    """One run, from a question to an Outcome.
+
+    question: str; policy: of the orchestrator; corpus: Corpus; log: Log — when it has events, the run goes on from them, with the
+    limits in them; limits: Limits; subpolicy: of the subagents, default the same; pool: InterpreterPool, or None for no python tool;
+    slots: Slots. agents: those at work, by name; critical, calls: spent so far. Raises SwarmError when the log is of another run.
+    """
+
+    def __init__(self, question, policy, corpus, log, limits=Limits(), *, subpolicy=None, pool=None, slots=None):
+        self.question, self.policy, self.subpolicy, self.corpus, self.log = question, policy, subpolicy or policy, corpus, log
+        self.pool, self.slots, self.limits = pool, slots or Slots(), limits
+        self.tools = Tools(corpus, pool)
+        self.agents, self.kinds, self.critical, self.calls = {}, {}, 0, 0
+        self._answers, self._returned, self._assigned, self._results, self._end = {}, {}, {}, {}, None
+        self._prompts = {}  # normalised → (task, name of the agent) of subtasks that run or are finished
+        self._read(log.events)
+
+    def _read(self, events):
+        """Take over what a log says."""
+        for event in events:
+            match event:
+                case {"kind": "start"}:
+                    self.limits = Limits(**event["limits"])
+                    asked = {"question": self.question, "corpus": self.corpus.digest, "python": self.pool is not None}
+                    for key, value in asked.items():
+                        if event[key] != value:
+                            raise SwarmError(f"the log is of another {key}: resume with the same one, or choose another run")
+                case {"kind": "answer", "agent": agent, "step": step, "message": message}:
+                    self._answers[agent, step] = message
+                case {"kind": "create"}:
+                    self.kinds[event["name"]] = event["system_prompt"]
+                case {"kind": "assign", "task": task, "agent": agent, "prompt": prompt}:
+                    self._assigned[event["step"], event["place"]] = task
+                    self._prompts[normalised(prompt)] = task, agent
+                case {"kind": "result", "task": task, "status": status}:
+                    self._results[task] = event
+                    if status != "done":
+                        self._prompts = {text: taken for text, taken in self._prompts.items() if taken[0] != task}
+                case {"kind": "call"}:
+                    self._returned[event["agent"], event["step"], event["place"]] = event["text"]
+                    self.calls += event["ran"]
+                case {"kind": "end"}:
+                    self._end = Outcome(event["status"], event["text"])
+
+    async def run(self):
+        """Work until the question is answered or a limit is reached. Returns Outcome.
+
+        Raises PolicyError when the orchestrator's model does not answer; the log is whole, and the run can go on later.
+        """
+        if self._end:
+            return self._end
+        if self.log.events:
+            self.log.add("resume")
+        else:
+            self.log.add("start", question=self.question, limits=dataclasses.asdict(self.limits), corpus=self.corpus.digest,
+                         python=self.pool is not None, models=[str(self.policy), str(self.subpolicy)])  # fmt: skip
+        messages = [{"role": "system", "content": ORCHESTRATOR}, {"role": "user", "content": self.question}]
+        main = _Agent("main", messages, [*DELEGATION, *self.tools.declarations], self.limits.main_steps)
+        status, text = await self._work(main)
+        self.log.add("end", status=status, text=text)
+        return Outcome(status, text)
+
+    # -- one agent
+
+    async def _work(self, agent):
+        """An agent until it ends. Returns (status, what it says)."""
+        self.agents[agent.name] = agent
+        useless = 0
+        try:
+            while True:
+                if agent.steps >= agent.most or (agent.main and self.critical >= self.limits.critical_steps):
+                    return ("steps" if agent.steps >= agent.most else "critical steps"), agent.said
+                try:
+                    message = await self._answer(agent)
+                except ContextFullError:
+                    return "context", agent.said
+                agent.steps += 1
+                agent.said = message.content or agent.said
+                self.critical += agent.main
+                agent.messages.append(message.as_dict())
+                if not message.tool_calls and not message.errors and message.content.strip():
+                    return "done", message.content
+                useless = 0 if message.tool_calls else useless + 1
+                if useless == self.limits.garbage:
+                    return "garbage", agent.said
+                await self._observe(agent, message)
+        finally:
+            del self.agents[agent.name]
+
+    async def _answer(self, agent):
+        """The next answer of an agent, from the log or from its model."""
+        logged = self._answers.pop((agent.name, agent.steps), None)
+        if logged is not None:
+            return read_message(logged, _calls_before(agent.messages))
+        sent = [{key: value for key, value in message.items() if key not in ("sampled", "errors")} for message in agent.messages]
+        if len(json.dumps([sent, agent.tools])) > self.limits.context:
+            raise ContextFullError(f"more than {self.limits.context} characters")
+        agent.state = "waits"
+        async with self.slots.hold(agent.main):
+            agent.state = "thinks"
+            policy = self.policy if agent.main else self.subpolicy
+            message = await self._in_time(policy.answer(agent.messages, agent.tools, str(agent.name)), "the model")
+        self.log.add("answer", agent=agent.name, step=agent.steps, message=message.as_dict() | {"errors": list(message.errors)})
+        return message
+
+    async def _in_time(self, coroutine, who):
+        try:
+            async with asyncio.timeout(self.limits.seconds) as limit:
+                return await coroutine
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise PolicyError(f"{who} did not answer within {self.limits.seconds:g} seconds") from None
+
+    async def _observe(self, agent, message):
+        """Make the calls of an answer side by side, and append what they return, in their order."""
+        step, calls = agent.steps - 1, message.tool_calls
+        agent.state = ", ".join(sorted({call.name for call in calls})) or "errs"
+        stage = []  # steps of the subtasks that this answer gives away
+        places = sorted(range(len(calls)), key=lambda place: calls[place].name != "create_subagent")
+        begun = [self._begin(agent, step, place, calls[place], stage) for place in places]
+        texts = dict(zip(places, await _together([self._finish(agent, step, place, work) for place, work in zip(places, begun)])))
+        self.critical += max(stage, default=0)
+        for place, call in enumerate(calls):
+            agent.messages.append({"role": "tool", "tool_call_id": call.id, "content": texts[place]})
+        if message.errors or not calls:
+            what = "; ".join(message.errors) or "an answer without words and without a call"
+            agent.messages.append({"role": "system", "content": f"Error: {what}"[: self.limits.observation]})
+        left = agent.most - agent.steps
+        if agent.main:
+            left = min(left, self.limits.critical_steps - self.critical)
+        if left == 1:
+            agent.messages[-1]["content"] += "\n[One step is left: answer now.]"
+
+    # -- calls
+
+    def _begin(self, agent, step, place, call, stage):
+        """What is to be done for a call, a function without arguments; or a text where nothing is: it was done, or is refused."""
+        task = self._assigned.get((step, place)) if agent.main else None
+        if (text := self._returned.get((agent.name, step, place))) is not None:
+            if task:
+                stage.append(self._results[task]["steps"])
+            return text
+        if wrong := misfit(call, agent.tools):
+            return f"Error: {wrong}"
+        if self.calls >= self.limits.tool_calls:
+            return f"Refused: the {self.limits.tool_calls} tool calls of this run are spent; answer with what you have"
+        if call.name == "assign_task":
+            work = self._assign(step, place, task, call.arguments["agent"], call.arguments["prompt"], stage)
+        elif call.name == "create_subagent":
+            work = functools.partial(asyncio.sleep, 0, self._create(**call.arguments))  # at once: calls beside it may use it
+        else:
+            work = functools.partial(self._use, call.name, call.arguments)
+        self.calls += not isinstance(work, str)
+        return work
+
+    async def _finish(self, agent, step, place, work):
+        """The text that a call returns, written down."""
+        if (agent.name, step, place) in self._returned:
+            return work
+        ran = not isinstance(work, str)
+        text = await work() if ran else work
+        if len(text) > self.limits.observation:
+            text = f"{text[: self.limits.observation]}\n[cut: {len(text)} characters]"
+        self.log.add("call", agent=agent.name, step=step, place=place, ran=ran, text=text)
+        return text
+
+    async def _use(self, name, arguments):
+        """What one of the tools returns."""
+        try:
+            return await self._in_time(getattr(self.tools, name)(**arguments), "the tool")
+        except PolicyError as error:
+            return f"Error: {error}"
+
+    def _create(self, name, system_prompt):
+        if not re.fullmatch(r"\S(.{0,62}\S)?", name):
+            return "Error: a name has 1 to 64 characters in one line, no space at its ends"
+        if self.kinds.get(name, system_prompt) != system_prompt:
+            return f"Error: {name!r} was created with another prompt: choose another name"
+        if name not in self.kinds:
+            self.kinds[name] = system_prompt
+            self.log.add("create", name=name, system_prompt=system_prompt)
+        return f"{name} was created"
+
+    # -- subtasks
+
+    def _assign(self, step, place, task, kind, prompt, stage):
+        """A subtask to be run, or why it is refused. task: its number when the log has it already."""
+        if task is None:
+            text, left = normalised(prompt), self.limits.critical_steps - self.critical - 1
+            if kind not in self.kinds:
+                return f"Error: no agent {kind[:64]!r}: create it first"
+            if not text:
+                return "Error: the prompt is empty"
+            if text in self._prompts:
+                task, other = self._prompts[text]
+                state = "has finished; its result stands above" if task in self._results else "is at work"
+                return f"Refused: {other} was given this very task, number {task}, and {state}"
+            if sum(given == step for given, _ in self._assigned) >= self.limits.agents:
+                return f"Refused: {self.limits.agents} agents are at work, the most at once; assign it again after this step"
+            if left < 1:
+                return f"Refused: {left + 1} critical steps are left, which the answer needs"
+            task = len(self._assigned) + 1
+            self._assigned[step, place], self._prompts[text] = task, (task, kind)
+            self.log.add("assign", task=task, agent=kind, prompt=prompt, step=step, place=place)
+        most = min(self.limits.sub_steps, self.limits.critical_steps - self.critical - 1)
+        return functools.partial(self._subtask, task, kind, prompt, most, stage)
+
+    async def _subtask(self, task, kind, prompt, most, stage):
+        """Run a subtask to its end. Returns what the orchestrator is told."""
+        if task not in self._results:
+            messages = [{"role": "system", "content": self.kinds[kind]}, {"role": "user", "content": prompt}]
+            agent = _Agent(task, messages, self.tools.declarations, most, kind)
+            try:
+                status, text = await self._work(agent)
+                why = {"steps": f"its {most} steps are spent", "context": "its context is full",
+                       "garbage": f"{self.limits.garbage} answers in a row could not be used"}.get(status)  # fmt: skip
+            except LogError:
+                raise
+            except Exception as error:  # of its model: an observation for the orchestrator, nobody else hears of it
+                status, text, why = "failed", agent.said, str(error) if isinstance(error, PolicyError) else f"{type(error).__name__}: {error}"
+            if why:
+                text = text or next((m["content"] for m in reversed(messages) if m["role"] == "tool"), "")
+                text = f"Error: not finished after {agent.steps} steps: {why}; the task may be assigned again" + (f"\nIt had: {text}" if text else "")
+                self._prompts.pop(normalised(prompt), None)
+            self._results[task] = self.log.add("result", task=task, status=status, steps=agent.steps, text=text)
+        stage.append(self._results[task]["steps"])
+        return self._results[task]["text"]
+
+
+# ---------------------------------------------------------------------------------------- an endpoint
+
+
+def _seconds(header):
+    """Seconds of a Retry-After header, a number or a date; 0 when it says nothing."""
+    for read in (float, lambda date: email.utils.parsedate_to_datetime(date).timestamp() - time.time()):
+        with contextlib.suppress(TypeError, ValueError):
+            return max(0.0, read(header))
+    return 0.0
+
+
+class Endpoint:
+    """A policy that asks a server of OpenAI's chat API. To be used as `async with Endpoint(…) as policy`.
+
+    base_url: str — up to /v1; model: str; options: dict — further fields of each request (temperature, max_tokens, …); retries: int —
+    after the first try, of what may go better: 408, 409, 429, 5xx, no or a garbled answer; timeout: seconds of one try;
+    backoff: seconds before the first retry, doubled each time and shortened by up to half at random, from the seed; patience:
+    seconds, the longest wait a server may ask for. Raises SwarmError.
+    """
+
+    LARGEST = 16 << 20  # bytes of an answer
+
+    def __init__(self, base_url, model, options=None, *, retries=5, timeout=300.0, backoff=1.0, patience=120.0, seed=0):
+        parts = urllib.parse.urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise SwarmError(f"{base_url} is no address: give http://host:port/v1 or https://…")
+        if parts.username or parts.password or parts.query:
+            raise SwarmError(f"the address holds a password or a query: put the key into {KEY_VARIABLE}")
+        self.url, self.model, self.options = base_url.rstrip("/") + "/chat/completions", model, options or {}
+        self.retries, self.timeout, self.backoff, self.patience, self.seed = retries, timeout, backoff, patience, seed
+        self._key, self._run, self._session = os.environ.get(KEY_VARIABLE) or None, f"{random.SystemRandom().getrandbits(64):016x}", None
+        if self._key and not re.fullmatch("[!-~]+", self._key):
+            raise SwarmError(f"{KEY_VARIABLE} holds characters that no header carries: use visible ASCII without spaces")
+
+    def __str__(self):
+        return f"{self.model} at {self.url}"
+
+    async def __aenter__(self):
+        try:
+            import aiohttp
+        except ImportError:
+            raise SwarmError("an endpoint needs the extra `serve`: pip install '.[serve]'") from None
+        self._aiohttp = aiohttp
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), headers=headers,
+                                              timeout=aiohttp.ClientTimeout(total=self.timeout))  # fmt: skip
+        return self
+
+    async def __aexit__(self, *_):
+        await self._session.close()
+
+    async def answer(self, messages, tools, agent):
+        """The next answer, a Message. Raises PolicyError, ContextFullError."""
+        sent = [{key: value for key, value in message.items() if key not in ("sampled", "errors")} for message in messages]
+        body = {"model": self.model, "messages": sent, "tools": tools} | self.options
+        for attempt in range(self.retries + 1):
+            try:
+                return self._read(await self._post(body, agent), _calls_before(messages))
+            except PolicyError as error:
+                if error.after is None:
+                    raise
+                if attempt == self.retries or error.after > self.patience:
+                    asked = f", asks to wait {error.after:.0f} seconds" if error.after > self.patience else ""
+                    raise PolicyError(f"{error}{asked} ({attempt + 1} tries)") from None
+                jitter = random.Random(f"{self.seed} {agent} {len(messages)} {attempt}").uniform(0.5, 1.0)
+                await asyncio.sleep(max(error.after, min(60.0, self.backoff * 2**attempt) * jitter))
+
+    async def _post(self, body, agent):
+        """One try: the JSON of an answer."""
+        headers, raw = {"X-Session-Id": f"{self._run}-{agent}"}, bytearray()
+        try:
+            async with self._session.post(self.url, json=body, headers=headers, allow_redirects=False) as response:
+                status, after = response.status, _seconds(response.headers.get("Retry-After"))
+                async for piece in response.content.iter_chunked(1 << 16):
+                    raw += piece
+                    if len(raw) > self.LARGEST:
+                        raise PolicyError(f"the model's answer has more than {self.LARGEST} bytes")
+        except (TimeoutError, self._aiohttp.ClientError, OSError) as error:
+            what = f"no answer within {self.timeout:g} seconds" if isinstance(error, TimeoutError) else self._told(f"{type(error).__name__}: {error}")
+            raise PolicyError(f"the model cannot be reached: {what}", 0.0) from None
+        if status == 200:
+            try:
+                return json.loads(raw)
+            except (ValueError, RecursionError):
+                raise PolicyError("the model's server answers what is no JSON", 0.0) from None
+        text = self._told(bytes(raw).decode("utf-8", "replace"))
+        if status in (400, 413, 422) and re.search(r"context.length|maximum context|too long|too large", text, re.IGNORECASE):
+            raise ContextFullError(f"the model's server answers {status}: {text}")
+        if status in (408, 409, 429) or status >= 500:
+            raise PolicyError(f"the model's server answers {status}: {text}", after)
+        raise PolicyError(f"the model's server answers {status}: {text}")
+
+    def _told(self, text):
+        """Somebody else's words in one short line, without the key."""
+        text = " ".join((text.replace(self._key, "…") if self._key else text).split())
+        return text if len(text) <= 200 else text[:199] + "…"
+
+    def _read(self, body, first):
+        """JSON of an answer to a Message, its calls numbered from `first`."""
+        try:
+            choice = body["choices"][0]
+            message = choice["message"]
+            content, reasoning = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning") or ""
+            if isinstance(content, list):
+                content = "".join(part.get("text") or "" for part in content)
+            if not isinstance(content, str) or not isinstance(reasoning, str):
+                raise TypeError
+        except (AttributeError, IndexError, KeyError, TypeError):
+            raise PolicyError(f"the model's server answers what is no chat completion: {self._told(json.dumps(body)[:300])}", 0.0) from None
+        calls, errors = read_calls(message.get("tool_calls"), first)
+        if not calls and SECTION_BEGIN in content:  # served without a parser of Kimi's calls
+            told = parse(content, thinking=False)
+            content, errors = told.content, [*errors, *told.errors]
+            calls = [dataclasses.replace(call, id=f"functions.{call.name}:{n}", index=n) for n, call in enumerate(told.tool_calls, first)]
+        told = message.get("tool_call_errors")
+        errors += [str(error) for error in told] if isinstance(told, list) else []
+        errors += ["the answer was cut off at its longest"] if choice.get("finish_reason") == "length" else []
+        return Message(reasoning, content, tuple(calls), tuple(errors))
+
+
+# ------------------------------------------------------------------------------------- a K25 in this process
+
+
+class Local:
+    """A policy that samples a K25 through a rollout.Handle: what was sampled stays as it was, ids are appended and never encoded again.
+
+    handle: rollout.Handle, of the engine that all agents share; sampling: rollout.Sampling, default the manager's. Agents that
+    answer at once are batched by the engine.
+    """
+
+    def __init__(self, handle, sampling=None):
+        self.handle, self.sampling, self._talks = handle, sampling, {}
+
+    def __str__(self):
+        return f"a K25, seed {self.handle.seed}"
+
+    def rollout(self, agent="main", reward=0.0, **options):
+        """The Rollout of an agent's conversation so far; options as of Handle.rollout."""
+        return self.handle.rollout(self._talks[agent][0], reward, **options)
+
+    async def answer(self, messages, tools, agent):
+        """The next answer, Sampled. Raises ContextFullError when the engine's capacity leaves no room."""
+        if agent not in self._talks:
+            self._talks[agent] = self.handle.conversation(tools, name=agent), 0
+        talk, told = self._talks[agent]
+        for message in messages[told:]:
+            role, content = message["role"], message.get("content") or ""
+            if role == "assistant":  # of an earlier process
+                if "sampled" not in message:
+                    raise PolicyError("the log has no tokens of an earlier answer: it was another model's")
+                talk.temperature = (self.sampling or self.handle.manager.sampling).temperature
+                talk.prompt()
+                talk.answer(Sampled("", "", (), (), **message["sampled"]))
+            elif role == "tool":
+                talk.tool(ToolCall(message["tool_call_id"], "", 0, {}, ""), content)
+            else:
+                getattr(talk, role)(content)
+        before = len(talk.logprobs)
+        message = await self.handle.answer(talk, self.sampling)
+        self._talks[agent] = talk, len(messages) + 1
+        count = len(talk.logprobs) - before
+        if not count:
+            raise ContextFullError(message.errors[0])
+        errors = (*message.errors, *(("the answer was cut off at its longest",) if talk.finish == "length" else ()))
+        return Sampled(message.reasoning, message.content, message.tool_calls, errors, tuple(talk.ids[-count:]), tuple(talk.logprobs[-count:]),
+                       tuple(talk.versions[-count:]), talk.finish)  # fmt: skip
+
+
+def _local(folder, slots, seed, sampling, thinking):
+    """A Local policy over a checkpoint's folder."""
+    from engine import Engine  # here: they load torch
+    from k25 import load
+    from rollout import Handle, RolloutManager, Sampling
+    from tokenizer import Tokenizer
+
+    model = load(folder)
+    engine = Engine(model, slots, min(model.config.max_position_embeddings, 4096))
+    manager = RolloutManager(engine, None, Tokenizer(engine.model.vocab_size), Sampling(**sampling), thinking)
+    return Local(Handle(manager, "swarm", seed, 0, 0))
+
+
+# --------------------------------------------------------------------------------------------- command line
+
+
+async def _run(options, limits):
+    """The command `run`. Returns the exit code."""
+    folder = pathlib.Path(options.run)
+    sampling = {key: getattr(options, key) for key in ("temperature", "top_p") if getattr(options, key) is not None}
+    corpus = Corpus(options.corpus)
+    async with contextlib.AsyncExitStack() as stack:
+        if options.local:
+            longest = {"max_new_tokens": options.max_tokens} if options.max_tokens else {}
+            policy = _local(options.local, options.slots, options.seed, sampling | longest, not options.instant)
+        else:
+            extra = {"max_tokens": options.max_tokens} if options.max_tokens else {}
+            extra |= {"chat_template_kwargs": {"thinking": False}} if options.instant else {}
+            policy = await stack.enter_async_context(Endpoint(options.base_url, options.model, sampling | extra, retries=options.retries,
+                                                              timeout=options.timeout, seed=options.seed))  # fmt: skip
+        log = stack.enter_context(Log(folder / "events.jsonl"))
+        if log.events and not options.resume:
+            raise SwarmError(f"{folder} has a run already: --resume it, or choose another folder with --run")
+        question = options.question or next((event["question"] for event in log.events if event["kind"] == "start"), None)
+        if not question:
+            raise SwarmError("there is no question: write it behind the flags")
+        pool = None
+        if not options.no_python:
+            from interpreter import InterpreterPool
+
+            pool = stack.enter_context(InterpreterPool())
+        swarm = Swarm(question, policy, corpus, log, limits, pool=pool, slots=Slots(options.slots, options.share))
+        View(swarm, sys.stderr)
+        try:
+            outcome = await swarm.run()
+        except PolicyError as error:
+            raise SwarmError(f"{error}; go on later with --resume") from None
+        print(plain(outcome.answer, "\n"))
+        steps = episode(log.events)
+        print(f"{outcome.status}: {critical_steps(steps)} critical steps, {total_steps(steps)} in all, {len(swarm._assigned)} subtasks, "
+              f"{swarm.calls} tool calls; {folder / 'events.jsonl'}", file=sys.stderr)  # fmt: skip
+        return 0 if outcome.status == "done" else 1
+
+
+def main(arguments=None):
+    """The command line. Returns the exit code: 0 with an answer, 1 when a limit ended the run, 2 for misuse or a model out of reach."""
+    parser = argparse.ArgumentParser(prog="swarm.py", description=__doc__.splitlines()[0])
+    command = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser("run", help="answer a question from a corpus")
+    command.add_argument("question", nargs="?", help="may be left out with --resume")
+    model = command.add_mutually_exclusive_group(required=True)
+    model.add_argument("--base-url", metavar="URL", help=f"of an OpenAI-compatible server, up to /v1; its key comes from {KEY_VARIABLE}")
+    model.add_argument("--local", metavar="FOLDER", help="a K25 checkpoint to run in this process")
+    command.add_argument("--model", default="k25", help="its name at the server")
+    command.add_argument("--corpus", required=True, metavar="FOLDER", help="with .txt and .md files")
+    command.add_argument("--run", default="runs/swarm", metavar="FOLDER", help="where the event log is written")
+    command.add_argument("--resume", action="store_true", help="go on with the run of that folder, within its limits")
+    for flag, kind, default, about in (
+        ("slots", int, 16, "answers that are sampled at once"), ("share", float, 0.25, "of the slots for the orchestrator"),
+        ("temperature", float, None, "of sampling"), ("top-p", float, None, "of sampling"), ("max-tokens", int, None, "of one answer"),
+        ("timeout", float, 300.0, "seconds of one request"), ("retries", int, 5, "of a request that failed"),
+        ("seed", int, 0, "of a local model's answers and of the waits between retries"),
+    ):  # fmt: skip
+        command.add_argument(f"--{flag}", type=kind, default=default, help=about)
+    command.add_argument("--no-python", action="store_true", help="leave the python tool out")
+    command.add_argument("--instant", action="store_true", help="answers without thinking")
+    for f in dataclasses.fields(Limits):
+        command.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"limit, default {f.default}")
+    options = parser.parse_args(arguments)
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Limits) if getattr(options, f.name) is not None}
+    try:
+        if options.resume and given:
+            raise SwarmError(f"a resumed run keeps its limits: leave --{next(iter(given)).replace('_', '-')} out")
+        return asyncio.run(_run(options, Limits(**given)))
+    except (ValueError, OSError) as error:
+        print(f"swarm.py run: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("swarm.py run: stopped; go on with --resume", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
