@@ -61,8 +61,8 @@ def gather(trainer, tensors):
     trainer: parallel.Trainer; tensors: {name: tensor} — this process's, such as its state_dict() or gradients.
     """
     place, ep = trainer.place, trainer.layout.ep
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {name: tensor.detach() for name, tensor in tensors.items()})
+    everyone = None if place.rank else [None] * dist.get_world_size()
+    dist.gather_object({name: tensor.detach() for name, tensor in tensors.items()}, everyone)
     if place.rank:
         return {}
     parts = {}  # name → {ep rank or 0: tensor}

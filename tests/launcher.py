@@ -3,6 +3,7 @@
 Public names: free_port, forkserver, Launched
 """
 
+import gc
 import multiprocessing.forkserver
 import os
 import socket
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 PATIENCE = 300  # seconds after which a hang is a failure
+gc.freeze()  # what is loaded by now no collection looks through any more, in the server's forks neither
 
 
 def free_port():
@@ -26,7 +28,7 @@ def free_port():
 def forkserver():
     """The context of processes that are forked from a server of this test run, which has never computed anything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["launcher", "train_small", "trials", "dep_bench", "test_parallel", "test_shards", "test_faults"])
+    context.set_forkserver_preload(["train_small", "trials", "dep_bench", "scale_bench", "launcher", "test_parallel", "test_shards", "test_faults"])
     settings = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "9"}
     with mock.patch.dict(os.environ, settings):
         multiprocessing.forkserver.ensure_running()

@@ -1,6 +1,6 @@
 """Claims about parallel.py: however the step is split over processes, it is the step of one process.
 
-Each case runs three MuonClip steps in float64 on 1, 2 or 4 processes (gloo) and is compared with step.train_step on
+Each case runs two MuonClip steps in float64 on 1, 2 or 4 processes (gloo) and is compared with step.train_step on
 the same global batch of four microbatches: loss, every gradient, parameters, router biases, load counts.
 Run: .venv/bin/python -m pytest tests/test_parallel.py
 """
@@ -42,7 +42,7 @@ VISION = {"vt_hidden_size": 8, "vt_num_attention_heads": 2, "vt_num_hidden_layer
 CONFIG = model_config(K25Config.preset("toy"), MODEL, VISION)
 TOKENIZER = Tokenizer()
 SETTINGS = TrainConfig(dtype="float64", clip_norm=0.7, qk_clip=0.2, lr=0.02, adamw_lr=0.01)
-STEPS, ROWS, LENGTH = 3, 2, 48
+STEPS, ROWS, LENGTH = 2, 2, 48
 EVERYTHING = ("",)
 pytestmark = pytest.mark.xdist_group("parallel")  # the processes are started once
 
@@ -87,18 +87,15 @@ def layout(pp, virtual, ep, dp, zero1=False, encoder="dep", overlap=False):
 SELECTIVE, BLOCK, OFFLOAD = {"recompute": "selective"}, {"recompute": "block"}, {"recompute": "selective", "offload": True}
 CASES = [
     Case(layout(1, 1, 1, 1)),
-    Case(layout(1, 1, 1, 1, encoder="stage0")),
-    Case(layout(2, 1, 1, 1)),
     Case(layout(1, 1, 2, 2, zero1=True)),
     Case(layout(1, 1, 1, 2, encoder="stage0"), "three"),
     Case(layout(2, 2, 1, 1), "one", memory=SELECTIVE),
     *(Case(layout(2, 2, 2, 2), pictures) for pictures in PICTURES),
-    *(Case(layout(2, 2, 2, 2, encoder="stage0"), pictures) for pictures in PICTURES),
+    *(Case(layout(2, 2, 2, 2, encoder="stage0"), pictures) for pictures in ("none", "five")),
     Case(layout(2, 2, 2, 2, zero1=True), "five", memory=BLOCK),
     Case(layout(2, 2, 2, 2, zero1=True, encoder="stage0"), "one", memory=OFFLOAD),
     Case(layout(4, 1, 1, 1)),
     Case(layout(4, 1, 1, 1, zero1=True, encoder="stage0"), "three", memory=SELECTIVE),
-    Case(layout(1, 1, 4, 4)),
     Case(layout(1, 1, 4, 4, zero1=True), "one", memory=BLOCK, unchosen=(0, 1, 5)),
     Case(layout(2, 1, 1, 2, zero1=True), "three"),
     Case(layout(1, 1, 2, 4, zero1=True), "five", {"impl": "reference"}, unchosen=(0, 1, 5)),
@@ -133,12 +130,17 @@ def turned(batches, step):
     return batches[step:] + batches[:step]
 
 
+@functools.cache
+def changed(changes):
+    """CONFIG with the changes of a JSON object."""
+    values = json.loads(changes)
+    runtime = {key: values.pop(key) for key in ("impl",) if key in values}
+    return dataclasses.replace(model_config(CONFIG, values, {}), **runtime)
+
+
 def build(case, config_changes, place=None):
-    values = {key: value for key, value in config_changes.items() if key != "impl"}
-    runtime = {key: value for key, value in config_changes.items() if key == "impl"}
-    config = dataclasses.replace(model_config(CONFIG, values, {}), **runtime)
     torch.manual_seed(0)
-    model = K25(config)
+    model = K25(changed(json.dumps(config_changes)))
     for router in model.routers():
         router.e_score_correction_bias[list(case.unchosen)] = -100.0
     if place:
@@ -172,7 +174,7 @@ class Recorder:
 
 @dataclass
 class Outcome:
-    """What three steps came to."""
+    """What two steps came to."""
 
     gradients: dict  # of the first step, not clipped
     state: dict  # after the last
@@ -196,7 +198,8 @@ def reference(case):
     optimizer = muon_clip(model.named_parameters())
     results = [measured(train_step(model, optimizer, turned(batches, step), SETTINGS)) for step in range(STEPS)]
     loads = [torch.stack(layer).sum(0) for layer in zip(*counts)]
-    return Outcome(recorder.gradients, model.state_dict(), optimizer.state_tensors(), torch.stack(loads) if loads else torch.empty(0, 8, dtype=torch.int64), results)
+    counts = torch.stack(loads) if loads else torch.empty(0, 8, dtype=torch.int64)
+    return Outcome(recorder.gradients, model.state_dict(), optimizer.state_tensors(), counts, results)
 
 
 def run_case(case, folder):
@@ -298,7 +301,7 @@ def test_every_process_reports_the_loss_and_all_else_of_one_process(case, outcom
 
 
 @each_case
-def test_bug16_bug17_bug43_after_three_steps_parameters_router_biases_and_optimizer_state_are_those_of_one_process(case, outcomes):
+def test_bug16_bug17_bug43_after_two_steps_parameters_router_biases_and_optimizer_state_are_those_of_one_process(case, outcomes):
     """Router biases to the last bit: they move once per step, by the signs of the global counts."""
     for part, expected in (("state", want(case.same).state), ("optimizer", want(case.same).optimizer)):
         found = load_tensors(outcomes / f"{case.name}.{part}")
