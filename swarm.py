@@ -200,7 +200,8 @@ class Swarm:
 
     question: str; policy: of the orchestrator; corpus: Corpus; log: Log — when it has events, the run goes on from them, with the
     limits in them; limits: Limits; subpolicy: of the subagents, default the same; pool: InterpreterPool, or None for no python tool;
-    slots: Slots. agents: those at work, by name; critical, calls: spent so far. Raises SwarmError when the log is of another run.
+    slots: Slots. agents: those at work, by name; critical, calls: spent so far;
+    assigned: subtasks by (step, place) of the call; results: events by subtask. Raises SwarmError when the log is of another run.
     """
 
     def __init__(self, question, policy, corpus, log, limits=Limits(), *, subpolicy=None, pool=None, slots=None):
@@ -208,7 +209,7 @@ class Swarm:
         self.pool, self.slots, self.limits = pool, slots or Slots(), limits
         self.tools = Tools(corpus, pool)
         self.agents, self.kinds, self.critical, self.calls = {}, {}, 0, 0
-        self._answers, self._returned, self._assigned, self._results, self._end = {}, {}, {}, {}, None
+        self._answers, self._returned, self.assigned, self.results, self._end = {}, {}, {}, {}, None
         self._prompts = {}  # normalised → (task, name of the agent) of subtasks that run or are finished
         self._read(log.events)
 
@@ -227,10 +228,10 @@ class Swarm:
                 case {"kind": "create"}:
                     self.kinds[event["name"]] = event["system_prompt"]
                 case {"kind": "assign", "task": task, "agent": agent, "prompt": prompt}:
-                    self._assigned[event["step"], event["place"]] = task
+                    self.assigned[event["step"], event["place"]] = task
                     self._prompts[normalised(prompt)] = task, agent
                 case {"kind": "result", "task": task, "status": status}:
-                    self._results[task] = event
+                    self.results[task] = event
                     if status != "done":
                         self._prompts = {text: taken for text, taken in self._prompts.items() if taken[0] != task}
                 case {"kind": "call"}:
@@ -333,10 +334,10 @@ class Swarm:
 
     def _begin(self, agent, step, place, call, stage):
         """What is to be done for a call, a function without arguments; or a text where nothing is: it was done, or is refused."""
-        task = self._assigned.get((step, place)) if agent.main else None
+        task = self.assigned.get((step, place)) if agent.main else None
         if (text := self._returned.get((agent.name, step, place))) is not None:
             if task:
-                stage.append(self._results[task]["steps"])
+                stage.append(self.results[task]["steps"])
             return text
         if wrong := misfit(call, agent.tools):
             return f"Error: {wrong}"
@@ -391,21 +392,21 @@ class Swarm:
                 return "Error: the prompt is empty"
             if text in self._prompts:
                 task, other = self._prompts[text]
-                state = "has finished; its result stands above" if task in self._results else "is at work"
+                state = "has finished; its result stands above" if task in self.results else "is at work"
                 return f"Refused: {other} was given this very task, number {task}, and {state}"
-            if sum(given == step for given, _ in self._assigned) >= self.limits.agents:
+            if sum(given == step for given, _ in self.assigned) >= self.limits.agents:
                 return f"Refused: {self.limits.agents} agents are at work, the most at once; assign it again after this step"
             if left < 1:
                 return f"Refused: {left + 1} critical steps are left, which the answer needs"
-            task = len(self._assigned) + 1
-            self._assigned[step, place], self._prompts[text] = task, (task, kind)
+            task = len(self.assigned) + 1
+            self.assigned[step, place], self._prompts[text] = task, (task, kind)
             self.log.add("assign", task=task, agent=kind, prompt=prompt, step=step, place=place)
         most = min(self.limits.sub_steps, self.limits.critical_steps - self.critical - 1)
         return functools.partial(self._subtask, task, kind, prompt, most, stage)
 
     async def _subtask(self, task, kind, prompt, most, stage):
         """Run a subtask to its end. Returns what the orchestrator is told."""
-        if task not in self._results:
+        if task not in self.results:
             messages = [{"role": "system", "content": self.kinds[kind]}, {"role": "user", "content": prompt}]
             agent = _Agent(task, messages, self.tools.declarations, most, kind)
             try:
@@ -420,9 +421,9 @@ class Swarm:
                 text = text or next((m["content"] for m in reversed(messages) if m["role"] == "tool"), "")
                 text = f"Error: not finished after {agent.steps} steps: {why}; the task may be assigned again" + (f"\nIt had: {text}" if text else "")
                 self._prompts.pop(normalised(prompt), None)
-            self._results[task] = self.log.add("result", task=task, status=status, steps=agent.steps, text=text)
-        stage.append(self._results[task]["steps"])
-        return self._results[task]["text"]
+            self.results[task] = self.log.add("result", task=task, status=status, steps=agent.steps, text=text)
+        stage.append(self.results[task]["steps"])
+        return self.results[task]["text"]
 
 
 # ---------------------------------------------------------------------------------------- an endpoint
@@ -642,7 +643,7 @@ async def _run(options, limits):
             raise SwarmError(f"{error}; go on later with --resume") from None
         print(plain(outcome.answer, "\n"))
         steps = episode(log.events)
-        print(f"{outcome.status}: {critical_steps(steps)} critical steps, {total_steps(steps)} in all, {len(swarm._assigned)} subtasks, "
+        print(f"{outcome.status}: {critical_steps(steps)} critical steps, {total_steps(steps)} in all, {len(swarm.assigned)} subtasks, "
               f"{swarm.calls} tool calls; {folder / 'events.jsonl'}", file=sys.stderr)  # fmt: skip
         return 0 if outcome.status == "done" else 1
 

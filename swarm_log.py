@@ -7,7 +7,7 @@
 A line is on the disk before anything follows from it. A last line that was cut short counts as never written. Kinds of events, each
 with its number `n` and the time `at` in seconds since 1970:
 
-    start     question, limits, corpus, models: once
+    start     question, limits, corpus (its digest), python (whether there is that tool), models: once
     answer    agent, step, message: a model answered; one step. agent is "main" or the number of a subtask, from 1
     create    name, system_prompt: a kind of subagent
     assign    task, agent, prompt, step, place: subtask `task` was given away by call `place` of that step of main
@@ -211,7 +211,7 @@ class View:
         swarm, limits, slots = self.swarm, self.swarm.limits, self.swarm.slots
         agents = [agent for agent in swarm.agents.values() if not agent.main]
         found = [f"critical {swarm.critical}/{limits.critical_steps}  calls {swarm.calls}/{limits.tool_calls}  agents {len(agents)}/{limits.agents}  "
-                 f"subtasks {len(swarm._results)}/{len(swarm._assigned)}  slots {slots.running[True]}+{slots.running[False]}/{slots.cap}"]  # fmt: skip
+                 f"subtasks {len(swarm.results)}/{len(swarm.assigned)}  slots {slots.running[True]}+{slots.running[False]}/{slots.cap}"]  # fmt: skip
         for agent in [agent for agent in swarm.agents.values() if agent.main] + agents[: self.rows]:
             name = "main" if agent.main else f"{agent.name} {agent.kind}"
             done = min(10, 10 * agent.steps // agent.most)
