@@ -12,8 +12,6 @@ import pathlib
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -26,6 +24,7 @@ from checkpoint import load_tensors
 from conftest import assert_close
 from data import Batch, Blend, encode_example, pack_rows
 from k25 import K25, ConfigError, K25Config, load
+from launcher import forkserver
 from media import merged_tokens
 from moe import fake_quant
 from optim import MuonClip
@@ -105,20 +104,18 @@ def assert_same_run(one, other, stages=STAGES):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The directory of an uninterrupted run of all six stages."""
-    directory = tmp_path_factory.mktemp("whole")
-    train(settings(directory / "run"), CONFIG)
-    return directory / "run"
-
-
-@pytest.fixture(scope="module")
 def reported(tmp_path_factory):
-    """The directory of a run taken to its report through the command line, and its exit code."""
+    """The directory of a run of all six stages, taken to its report through the command line, and its exit code."""
     directory = tmp_path_factory.mktemp("reported") / "run"
     with pytest.raises(SystemExit) as stopped:
         train_small.main(flags(directory))
     return directory, stopped.value.code
+
+
+@pytest.fixture(scope="module")
+def whole(reported):
+    """The directory of an uninterrupted run."""
+    return reported[0]
 
 
 # ----------------------------------------------------------------------------------------- one step
@@ -426,33 +423,41 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(whole, tmp_pa
 # ----------------------------------------------------------------------------------- killed and resumed
 
 
+def begin_run(arguments):
+    """train_small.py as a process of its own."""
+    process = forkserver().Process(target=alone, args=(arguments,))
+    process.start()
+    return process
+
+
+def alone(arguments):
+    torch.set_num_threads(1)
+    train_small.main(arguments)
+
+
 def until(process, seen):
     """Wait until `seen()`; fail when the process ends before."""
     while not seen():
-        assert process.poll() is None, process.stderr.read()
-    return True
+        assert process.is_alive(), f"it has ended with exit code {process.exitcode}"
+        time.sleep(0.0003)
 
 
 def kill_when(arguments, seen, delay=0.0, hold=True):
     """Start a run as a process of its own and SIGKILL it when `seen()` is true; with hold, it still is when it dies."""
-    root = pathlib.Path(train_small.__file__).parent
-    process = subprocess.Popen([sys.executable, "train_small.py", *arguments], cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = begin_run(arguments)
     try:
         until(process, seen)
         time.sleep(delay)
         while hold:  # stopped, then looked at again: what is seen now is what the kill leaves
-            process.send_signal(signal.SIGSTOP)
+            os.kill(process.pid, signal.SIGSTOP)
             if seen():
                 break
-            process.send_signal(signal.SIGCONT)
+            os.kill(process.pid, signal.SIGCONT)
             until(process, seen)
-        process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
-        process.wait()
-        process.stderr.close()
-    assert process.returncode == -signal.SIGKILL
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_run_killed_at_any_moment_and_resumed_ends_with_the_same_bits(whole, tmp_path):
@@ -732,9 +737,9 @@ def test_own_pictures_longer_than_a_row_are_bad_rows(tmp_path, capsys):
 # ------------------------------------------------------------------------------- ways to run the numbers
 
 
-def joint_weights(path, config=CONFIG, **changed):
-    """Metrics and weights after two joint steps with many pictures."""
-    train(settings(path, **only(joint_steps=2), vision_ratio=0.5, **changed), config)
+def joint_weights(path, config=CONFIG, steps=2, **changed):
+    """Metrics and weights after joint steps with many pictures."""
+    train(settings(path, **only(joint_steps=steps), vision_ratio=0.5, **changed), config)
     return metrics(path), weights(path, "joint")
 
 
@@ -824,7 +829,7 @@ def test_the_compile_flag_traces_the_blocks(tmp_path, monkeypatch):
         compile_block(block, backend="eager", **options)
 
     monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    compiled_like_eager(tmp_path)
+    compiled_like_eager(tmp_path, steps=1)
     assert seen == [("Block", {"dynamic": True})] * 2
 
 
