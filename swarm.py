@@ -12,15 +12,13 @@ its own tools return, and nothing else; only its last message returns to the orc
 and how often work is given away, and no prompt speaks of it.
 
 - **Policies** answer: `await policy.answer(messages, tools, agent)` → template.Message, messages being OpenAI's dicts. Endpoint asks any
-  server that speaks OpenAI's chat API; Local samples a K25 through rollout.Handle, token in, token out. A Message that knows more, such
-  as its tokens, is written down with it (Sampled).
-- **Limits** are constraints, not advice: steps of each agent, critical steps of the run, tool calls, subagents at once, characters
-  of a context, seconds of an answer. At its limit an agent ends with what it has, and its result says so. One critical step is
+  server that speaks OpenAI's chat API; Local samples a K25 through rollout.Handle, token in, token out.
+- **Limits** are constraints, not advice. At its limit an agent ends with what it has, and its result says so. One critical step is
   always kept back for the orchestrator's next answer.
 - **Failures** are observations: a subagent whose model fails, hangs, writes what cannot be used or comes to a limit returns a line
-  that says so and what it had found; the subtask may be given again. What equals one that runs or is finished, apart from
-  case and white space, is refused.
-- **Slots** cap the answers that are sampled at once, and share them between orchestrators and subagents; both can change meanwhile.
+  that says so, and the subtask may be given again. One that equals another that runs or is finished, but for case and space, is refused.
+- **Slots** cap the answers sampled at once and share them between orchestrators and subagents. Both can change meanwhile: `Slots.change`,
+  or write CAP SHARE into RUN/slots and send SIGUSR1.
 - **The log** (swarm_log.py) holds each answer and result before anything follows from it. A run that was killed asks nobody again
   for what is in it; only calls that had not returned are made once more.
 
@@ -41,6 +39,7 @@ import os
 import pathlib
 import random
 import re
+import signal
 import sys
 import time
 import urllib.parse
@@ -49,7 +48,7 @@ from dataclasses import dataclass
 
 from corpus import Corpus, Tools, declared, misfit
 from critical import critical_steps, normalised, total_steps
-from swarm_log import Log, LogError, Sampled, View, episode, plain, read_calls, read_message
+from swarm_log import Log, LogError, Sampled, View, calls_before, episode, plain, read_calls, read_message, refused, sendable
 from template import SECTION_BEGIN, Message, ToolCall, parse
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -155,16 +154,13 @@ class Slots:
 # ------------------------------------------------------------------------------------------------ the swarm
 
 
-def _calls_before(messages):
-    return sum(len(message.get("tool_calls") or ()) for message in messages)
-
-
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended."""
 
     status: str  # "done" | "steps" | "critical steps" | "context" | "garbage"
     answer: str  # "" when there is none
+    why: str = ""  # more about a status that is not "done"
 
 
 @dataclass
@@ -179,6 +175,7 @@ class _Agent:
     steps: int = 0
     said: str = ""  # the last content that it wrote
     state: str = "waits"  # for the view
+    why: str = ""  # its context is full, in the model's words
 
     @property
     def main(self):
@@ -238,7 +235,7 @@ class Swarm:
                     self._returned[event["agent"], event["step"], event["place"]] = event["text"]
                     self.calls += event["ran"]
                 case {"kind": "end"}:
-                    self._end = Outcome(event["status"], event["text"])
+                    self._end = Outcome(event["status"], event["text"], event["why"])
 
     async def run(self):
         """Work until the question is answered or a limit is reached. Returns Outcome.
@@ -255,8 +252,8 @@ class Swarm:
         messages = [{"role": "system", "content": ORCHESTRATOR}, {"role": "user", "content": self.question}]
         main = _Agent("main", messages, [*DELEGATION, *self.tools.declarations], self.limits.main_steps)
         status, text = await self._work(main)
-        self.log.add("end", status=status, text=text)
-        return Outcome(status, text)
+        self.log.add("end", status=status, text=text, why=main.why)
+        return Outcome(status, text, main.why)
 
     # -- one agent
 
@@ -270,7 +267,8 @@ class Swarm:
                     return ("steps" if agent.steps >= agent.most else "critical steps"), agent.said
                 try:
                     message = await self._answer(agent)
-                except ContextFullError:
+                except ContextFullError as error:
+                    agent.why = str(error)
                     return "context", agent.said
                 agent.steps += 1
                 agent.said = message.content or agent.said
@@ -289,16 +287,16 @@ class Swarm:
         """The next answer of an agent, from the log or from its model."""
         logged = self._answers.pop((agent.name, agent.steps), None)
         if logged is not None:
-            return read_message(logged, _calls_before(agent.messages))
-        sent = [{key: value for key, value in message.items() if key not in ("sampled", "errors")} for message in agent.messages]
-        if len(json.dumps([sent, agent.tools])) > self.limits.context:
+            return read_message(logged, calls_before(agent.messages))
+        if len(json.dumps([sendable(agent.messages), agent.tools])) > self.limits.context:
             raise ContextFullError(f"more than {self.limits.context} characters")
         agent.state = "waits"
         async with self.slots.hold(agent.main):
-            agent.state = "thinks"
+            agent.state, begun = "thinks", time.monotonic()
             policy = self.policy if agent.main else self.subpolicy
             message = await self._in_time(policy.answer(agent.messages, agent.tools, str(agent.name)), "the model")
-        self.log.add("answer", agent=agent.name, step=agent.steps, message=message.as_dict() | {"errors": list(message.errors)})
+        self.log.add("answer", agent=agent.name, step=agent.steps, message=message.as_dict() | {"errors": list(message.errors)},
+                     seconds=round(time.monotonic() - begun, 3))  # fmt: skip
         return message
 
     async def _in_time(self, coroutine, who):
@@ -356,11 +354,11 @@ class Swarm:
         """The text that a call returns, written down."""
         if (agent.name, step, place) in self._returned:
             return work
-        ran = not isinstance(work, str)
+        ran, begun = not isinstance(work, str), time.monotonic()
         text = await work() if ran else work
         if len(text) > self.limits.observation:
             text = f"{text[: self.limits.observation]}\n[cut: {len(text)} characters]"
-        self.log.add("call", agent=agent.name, step=step, place=place, ran=ran, text=text)
+        self.log.add("call", agent=agent.name, step=step, place=place, ran=ran, text=text, seconds=round(time.monotonic() - begun, 3))
         return text
 
     async def _use(self, name, arguments):
@@ -411,7 +409,7 @@ class Swarm:
             agent = _Agent(task, messages, self.tools.declarations, most, kind)
             try:
                 status, text = await self._work(agent)
-                why = {"steps": f"its {most} steps are spent", "context": "its context is full",
+                why = {"steps": f"its {most} steps are spent", "context": f"its context is full, {agent.why}",
                        "garbage": f"{self.limits.garbage} answers in a row could not be used"}.get(status)  # fmt: skip
             except LogError:
                 raise
@@ -479,11 +477,10 @@ class Endpoint:
 
     async def answer(self, messages, tools, agent):
         """The next answer, a Message. Raises PolicyError, ContextFullError."""
-        sent = [{key: value for key, value in message.items() if key not in ("sampled", "errors")} for message in messages]
-        body = {"model": self.model, "messages": sent, "tools": tools} | self.options
+        body = {"model": self.model, "messages": sendable(messages), "tools": tools} | self.options
         for attempt in range(self.retries + 1):
             try:
-                return self._read(await self._post(body, agent), _calls_before(messages))
+                return self._read(await self._post(body, agent), calls_before(messages))
             except PolicyError as error:
                 if error.after is None:
                     raise
@@ -563,7 +560,7 @@ class Local:
         return f"a K25, seed {self.handle.seed}"
 
     def rollout(self, agent="main", reward=0.0, **options):
-        """The Rollout of an agent's conversation so far; options as of Handle.rollout."""
+        """The Rollout of an agent that answered in this process; options as of Handle.rollout."""
         return self.handle.rollout(self._talks[agent][0], reward, **options)
 
     async def answer(self, messages, tools, agent):
@@ -610,6 +607,15 @@ def _local(folder, slots, seed, sampling, thinking):
 # --------------------------------------------------------------------------------------------- command line
 
 
+def _retune(slots, path):
+    """Set the slots to what a file says, `CAP SHARE`."""
+    try:
+        cap, share = path.read_text().split()
+        slots.change(int(cap), float(share))
+    except (ValueError, OSError) as error:
+        print(f"swarm.py run: {path} should hold two numbers, CAP SHARE: {error}", file=sys.stderr)
+
+
 async def _run(options, limits):
     """The command `run`. Returns the exit code."""
     folder = pathlib.Path(options.run)
@@ -637,13 +643,16 @@ async def _run(options, limits):
             pool = stack.enter_context(InterpreterPool())
         swarm = Swarm(question, policy, corpus, log, limits, pool=pool, slots=Slots(options.slots, options.share))
         View(swarm, sys.stderr)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _retune, swarm.slots, folder / "slots")
         try:
             outcome = await swarm.run()
         except PolicyError as error:
             raise SwarmError(f"{error}; go on later with --resume") from None
         print(plain(outcome.answer, "\n"))
         steps = episode(log.events)
-        print(f"{outcome.status}: {critical_steps(steps)} critical steps, {total_steps(steps)} in all, {len(swarm.assigned)} subtasks, "
+        status = f"{outcome.status} ({plain(outcome.why)})" if outcome.why else outcome.status
+        print(f"{status}: {critical_steps(steps)} critical steps, {total_steps(steps)} in all, {len(swarm.assigned)} subtasks, "
+              f"{refused(log.events)} refused, "
               f"{swarm.calls} tool calls; {folder / 'events.jsonl'}", file=sys.stderr)  # fmt: skip
         return 0 if outcome.status == "done" else 1
 

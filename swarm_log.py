@@ -8,17 +8,18 @@ A line is on the disk before anything follows from it. A last line that was cut 
 with its number `n` and the time `at` in seconds since 1970:
 
     start     question, limits, corpus (its digest), python (whether there is that tool), models: once
-    answer    agent, step, message: a model answered; one step. agent is "main" or the number of a subtask, from 1
+    answer    agent, step, message, seconds: a model answered; one step. agent is "main" or the number of a subtask, from 1
     create    name, system_prompt: a kind of subagent
     assign    task, agent, prompt, step, place: subtask `task` was given away by call `place` of that step of main
-    call      agent, step, place, ran, text: what a tool call returned; ran: whether it counts against the budget
+    call      agent, step, place, ran, text, seconds: what a tool call returned; ran: whether it counts against the budget
     result    task, status, steps, text: a subtask ended; "done" is the one good status
     resume    the run goes on
-    end       status, text: the run ended
+    end       status, text, why: the run ended
 
 `View` shows a run on a terminal while it writes.
 
-Public names: Log, LogError, read_log, Sampled, read_calls, read_message, episode, step_graph, View, plain.
+Public names: Log, LogError, read_log, Sampled, read_calls, read_message, calls_before, sendable, episode,
+refused, step_graph, View, plain.
 Tests: pytest tests/test_swarm_log.py
 """
 
@@ -155,6 +156,17 @@ def read_message(logged, first):
     return kind(logged["reasoning_content"], logged["content"], tuple(calls), tuple(logged["errors"]), **tokens)
 
 
+def calls_before(messages):
+    """How many tool calls a conversation has."""
+    return sum(len(message.get("tool_calls") or ()) for message in messages)
+
+
+def sendable(messages):
+    """Messages without what is our own, and without an empty reasoning_content, which not every server knows."""
+    own = ("sampled", "errors")
+    return [{key: value for key, value in m.items() if key not in own and (key, value) != ("reasoning_content", "")} for m in messages]
+
+
 # --------------------------------------------------------------------------------------- what it says
 
 
@@ -167,6 +179,14 @@ def episode(events):
         if event["kind"] == "assign":
             stages[event["step"]].append(Subtask(steps[event["task"]], event["prompt"], event["task"] in done))
     return tuple(Stage(1, tuple(subtasks)) for subtasks in stages)
+
+
+def refused(events):
+    """How many assign_task calls were refused, repetitions above all: to be watched beside r_finish (bug 64)."""
+    assigns = {(event["step"], place) for event in events if event["kind"] == "answer" and event["agent"] == "main"
+               for place, call in enumerate(event["message"].get("tool_calls", ())) if call["function"]["name"] == "assign_task"}  # fmt: skip
+    return sum(event["kind"] == "call" and event["agent"] == "main" and not event["ran"] and (event["step"], event["place"]) in assigns
+               for event in events)  # fmt: skip
 
 
 def step_graph(events):

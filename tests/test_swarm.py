@@ -19,15 +19,25 @@ import sys
 import threading
 
 import pytest
+import torch
+from test_rl import CONFIG
 
 import swarm as command
 from corpus import Corpus
-from critical import critical_steps, finish_reward, longest_path, total_steps
+from critical import critical_steps, finish_reward, item_f1, longest_path, total_steps
+from engine import Completion, Engine
+from gateway import Gateway
+from interpreter import InterpreterPool
+from k25 import K25
+from rollout import Handle, RolloutManager, Sampling
 from swarm import Endpoint, Limits, Local, PolicyError, Slots, Swarm, SwarmError
-from swarm_log import Log, View, episode, read_log, step_graph
+from swarm_log import Log, View, episode, read_calls, read_log, refused, step_graph
+from template import Message
+from tokenizer import Tokenizer
 
 web = pytest.importorskip("aiohttp.web")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+TOKENIZER = Tokenizer()
 HEIGHTS = {"ash": 31, "birch": 47, "cedar": 52, "elm": 28, "fir": 63, "oak": 39}
 
 
@@ -65,7 +75,8 @@ def subagent(messages):
 def orchestrator(messages):
     """Gives every tower away, once more what failed, and adds up."""
     towers = messages[1]["content"].split(": ")[1].split()
-    found = dict(re.findall(r"(\w+): (\d+)", "\n".join(m["content"] for m in messages if m["role"] == "tool" and not m["content"].startswith("Error"))))
+    results = [message["content"] for message in messages if message["role"] == "tool" and not message["content"].startswith("Error")]
+    found = dict(re.findall(r"(\w+): (\d+)", "\n".join(results)))
     missing = [tower for tower in towers if tower not in found]
     if not missing or len([m for m in messages if m["role"] == "assistant"]) > 3:
         return said(" ".join(f"{tower}={found.get(tower, '?')}" for tower in towers))
@@ -200,9 +211,8 @@ def test_call_ids_in_the_history_are_kimis_and_count_over_the_conversation_bug_3
 def test_calls_that_a_server_left_in_kimis_tokens_are_read_bug_40(notes):
     def raw(messages):
         message = orchestrator(messages)
-        calls = [f"<|tool_call_begin|>functions.{call['function']['name']}:{number}<|tool_call_argument_begin|>{call['function']['arguments']}<|tool_call_end|>"
-                 for number, call in enumerate(message.pop("tool_calls", []))]  # fmt: skip
-        return message | ({"content": f"So.<|tool_calls_section_begin|>{''.join(calls)}<|tool_calls_section_end|>"} if calls else {})
+        calls = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message.pop("tool_calls", [])]
+        return message | ({"content": kimis("So.", *calls).removesuffix("<|im_end|>")} if calls else {})
 
     outcome, log, _ = play(Server(main=raw), notes)
     assert outcome.answer == "ash=31 birch=47 cedar=52" and len(results(log)) == 3
@@ -319,6 +329,7 @@ def test_a_subtask_given_twice_is_refused_with_the_reason_bug_64(notes):
     assert "Refused: r was given this very task, number 1, and has finished; its result stands above" in told
     assert "Error: no agent 'x': create it first" in told and "Error: the prompt is empty" in told
     assert any("'r' was created with another prompt" in text for text in told)
+    assert refused(log.events) == 4
     assert server.asked["ash"] == 3 and len(swarm.assigned) == 1 and outcome.status == "done"
 
 
@@ -356,7 +367,7 @@ def test_a_context_is_bounded_and_its_agent_ends_with_what_it_has(notes):
     sizes = [len(json.dumps([body["messages"], body["tools"]])) for body in server.bodies]
     assert max(sizes) <= 6000 and all(len(event["text"]) < 400 for event in log.events if event["kind"] == "call")
     assert results(log)[1]["status"] == "context"
-    assert re.search(r"its context is full; .*\nIt had: so far: 31", results(log)[1]["text"], re.DOTALL)
+    assert re.search(r"its context is full, more than 6000 characters; .*\nIt had: so far: 31", results(log)[1]["text"], re.DOTALL)
 
 
 def test_a_hundred_subagents_work_at_once_and_no_more(notes):
@@ -426,6 +437,35 @@ def test_a_run_keeps_to_its_slots(notes):
     assert server.most == {"main": 1, "sub": 2, "all": 2}
 
 
+def test_a_program_that_does_not_end_is_killed_and_the_next_one_runs_bug_62(notes):
+    def sub(messages):
+        if len(messages) < 4:
+            return said("", ("python", {"code": "while True: pass" if len(messages) == 2 else "print(1)"}))
+        return said(messages[-1]["content"])
+
+    async def script():
+        async with Server(sub=lambda messages: sub([m for m in messages if m["role"] != "assistant"])).serving() as url, Endpoint(url, "m") as policy:
+            with InterpreterPool() as pool:
+                swarm = Swarm("Heights of: ash", policy, Corpus(notes), Log(None), Limits(seconds=0.5), pool=pool)
+                await swarm.run()
+                return swarm.log
+
+    log = asyncio.run(script())
+    texts = [event["text"] for event in log.events if event["kind"] == "call" and event["agent"] == 1]
+    assert texts == ["Error: the tool did not answer within 0.5 seconds", "1"] and results(log)[1]["text"] == "1"
+
+
+def test_slots_are_read_from_a_file_while_a_run_goes_on(tmp_path, capsys):
+    slots = Slots(4, 0.5)
+    (tmp_path / "slots").write_text("10 0.2\n")
+    command._retune(slots, tmp_path / "slots")
+    assert slots.quota == {True: 2, False: 8}
+    for wrong in ("1 0.2", "many", ""):
+        (tmp_path / "slots").write_text(wrong)
+        command._retune(slots, tmp_path / "slots")
+        assert "should hold two numbers, CAP SHARE" in capsys.readouterr().err and slots.quota == {True: 2, False: 8}
+
+
 # Kill and resume
 
 
@@ -463,15 +503,15 @@ def test_a_killed_process_is_resumed_from_its_log(notes, tmp_path):
 
     server = Server(trouble)
     with server.in_thread() as url:
-        words = [sys.executable, str(ROOT / "swarm.py"), "run", "--base-url", url, "--corpus", str(notes), "--run", str(tmp_path / "run"), "--no-python"]
+        words = [sys.executable, "swarm.py", "run", "--base-url", url, "--corpus", str(notes), "--no-python", "--run", str(tmp_path / "run")]
         codes, more = [], [QUESTION]
         for _ in range(3):
-            child = subprocess.Popen([*words, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            child = subprocess.Popen([*words, *more], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             out, err = child.communicate(timeout=120)
             codes.append(child.returncode)
             more = ["--resume"]
     assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0] and out == "ash=31 birch=47 cedar=52\n"
-    assert err.startswith("done: 5 critical steps, 11 in all, 3 subtasks, 10 tool calls")
+    assert err.startswith("done: 5 critical steps, 11 in all, 3 subtasks, 0 refused, 10 tool calls")
     events = read_log(tmp_path / "run" / "events.jsonl")
     steps = [(event["agent"], event["step"]) for event in events if event["kind"] == "answer"]
     assert len(steps) == len(set(steps)) == 11 and [event["kind"] for event in events].count("resume") == 2
@@ -554,6 +594,139 @@ def test_the_key_comes_from_the_environment_and_is_told_to_nobody_else(notes, mo
     assert outcome.status == "done" and "secret" not in (tmp_path / "events.jsonl").read_text()
     monkeypatch.delenv(command.KEY_VARIABLE)
     assert "Authorization" not in answered(None)[2].headers[0]
+
+
+# A K25 in this process
+
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A tiny K25 of random weights."""
+    torch.manual_seed(0)
+    return K25(CONFIG)
+
+
+class Planned:
+    """A policy that gives these prompts away and then answers."""
+
+    def __init__(self, *prompts):
+        self.prompts = prompts
+
+    async def answer(self, messages, tools, agent):
+        calls = [("create_subagent", {"name": "r", "system_prompt": "Speak."}), *(("assign_task", {"agent": "r", "prompt": p}) for p in self.prompts)]
+        made, errors = read_calls(said("", *calls)["tool_calls"] if len(messages) == 2 else [], 0)
+        return Message("", "" if made else "done", tuple(made), tuple(errors))
+
+
+def speak(tiny, notes, log, cap=16):
+    """Three subagents of a real model under a planned orchestrator: the events, and how many were sampled at once."""
+    engine, most = Engine(tiny, slots=4, capacity=2048), 0
+
+    async def script():
+        nonlocal most
+        manager = RolloutManager(engine, None, TOKENIZER, Sampling(6))
+        sub, decode = Local(Handle(manager, "swarm", 7, 0, 0)), engine.model.decode
+
+        def counted(tokens, places):
+            nonlocal most
+            most = max(most, len(tokens))
+            return decode(tokens, places)
+
+        engine.model.decode = counted
+        swarm = Swarm("?", Planned("a", "bb", "ccc"), Corpus(notes), log, Limits(garbage=2), subpolicy=sub, slots=Slots(cap, 0.1))
+        await swarm.run()
+        return [sub.rollout(str(task)) for task in (1, 2, 3)]
+
+    return asyncio.run(script()), most
+
+
+def sampled(log):
+    return {(event["agent"], event["step"]): event["message"]["sampled"] for event in log.events if "sampled" in event.get("message", {})}
+
+
+def test_subagents_of_a_real_model_are_batched_and_say_the_same_in_any_company_and_after_a_cut(tiny, notes):
+    rollouts, most = speak(tiny, notes, together := Log(None))
+    tokens = sampled(together)
+    assert most == 3 and len(tokens) == 6 and all(result["status"] == "garbage" for result in results(together).values())
+    for task, rollout in enumerate(rollouts, 1):  # token in, token out: what is trained on is what the log holds
+        generated = [token for token, flag in zip(rollout.ids, rollout.generated) if flag]
+        assert generated == tokens[task, 0]["ids"] + tokens[task, 1]["ids"]
+        assert list(rollout.logprobs) == tokens[task, 0]["logprobs"] + tokens[task, 1]["logprobs"]
+    _, most = speak(tiny, notes, alone := Log(None), cap=2)
+    assert most == 1 and sampled(alone) == tokens
+    first = [n for n, event in enumerate(together.events) if event["kind"] == "answer" and event["agent"] in (1, 2, 3)]
+    cut = Log(None)
+    cut.events = together.events[: first[2] + 1]  # each has answered once
+    again, _ = speak(tiny, notes, cut)
+    assert sampled(cut) == tokens and [rollout.ids for rollout in again] == [rollout.ids for rollout in rollouts]
+
+
+def kimis(text, *calls, first=0):
+    """An answer in Kimi's tokens."""
+    made = "".join(f"<|tool_call_begin|>functions.{name}:{n}<|tool_call_argument_begin|>{json.dumps(arguments)}<|tool_call_end|>"
+                   for n, (name, arguments) in enumerate(calls, first))  # fmt: skip
+    return text + (f"<|tool_calls_section_begin|>{made}<|tool_calls_section_end|>" if made else "") + "<|im_end|>"
+
+
+class Replay:
+    """An engine that plays `orchestrator` and `subagent` in Kimi's tokens."""
+
+    capacity = 8192
+
+    async def generate(self, request):
+        text = TOKENIZER.decode(request.ids)
+        turns = re.findall(r"<\|im_(\w+)\|>(\w+)<\|im_middle\|>(?:## Return of \S+\n)?(.*?)<\|im_end\|>", text, re.DOTALL)
+        messages = [{"role": name, "content": content} for _, name, content in turns if name != "tool_declare"]
+        message = (orchestrator if "assign_task" in text else subagent)(messages)
+        calls = [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in message.get("tool_calls", ())]
+        ids = TOKENIZER.encode(kimis(message["content"] or "", *calls, first=text.count("<|tool_call_begin|>")))
+        return Completion(tuple(ids), (-0.5,) * len(ids), (3,) * len(ids), "stop")
+
+    def forget(self, session):
+        """Nothing is kept."""
+
+
+def test_an_episode_of_a_manager_is_a_rollout_in_which_the_subagents_tokens_are_no_loss(notes):
+    logs = []
+
+    async def rollout(task, handle, seed):
+        log, policy = Log(None), Local(handle)
+        logs.append(log)
+        outcome = await Swarm(task, policy, Corpus(notes), log, Limits()).run()
+        return policy.rollout("main", item_f1(outcome.answer.split(), ["ash=31", "birch=47"]))
+
+    async def script():
+        manager = RolloutManager(Replay(), rollout, TOKENIZER, Sampling(1000))
+        manager.submit("Heights of: ash birch", [1, 2])
+        return (await manager.collect(1))[0]
+
+    some = asyncio.run(script())
+    for one, log in zip(some, logs):
+        assert one.valid and one.reward == 1.0, one.info
+        assert critical_steps(episode(log.events)) == 5 and [call.name for call in one.info.calls] == ["create_subagent", *["assign_task"] * 2]
+        mine = TOKENIZER.decode([token for token, flag in zip(one.ids, one.generated) if flag])
+        whole = TOKENIZER.decode(one.ids)
+        assert mine.endswith("ash=31 birch=47<|im_end|>") and "ash: 31" in whole and "ash: 31" not in mine and "metres" not in whole
+        assert set(one.versions) == {3} and len(one.logprobs) == sum(one.generated)
+
+
+# The project's own gateway
+
+
+def test_the_gateway_serves_a_run_of_a_model_that_talks_nonsense(tiny, notes, tmp_path, capsys):
+    with Gateway(Engine(tiny, slots=4, capacity=4096, deterministic=False), thinking=False).in_thread() as url:
+        words = ["run", "--base-url", url, "--corpus", str(notes), "--max-tokens", "6", "--no-python"]
+        assert command.main([*words, "--run", str(tmp_path / "one"), "--main-steps", "2", QUESTION]) == 1
+        assert capsys.readouterr().err.startswith("steps: 2 critical steps, 2 in all, 0 subtasks, 0 refused, 0 tool calls")
+        assert command.main([*words, "--run", str(tmp_path / "two"), QUESTION]) == 1
+        assert capsys.readouterr().err.startswith("garbage: 3 critical steps")
+        assert command.main([*words, "--run", str(tmp_path / "two"), "--resume"]) == 1  # it has ended: nobody is asked
+        assert capsys.readouterr().err.startswith("garbage: 3 critical steps")
+        assert [event["kind"] for event in read_log(tmp_path / "two" / "events.jsonl")] == ["start", *["answer"] * 3, "end"]
+    with Gateway(Engine(tiny, slots=4, capacity=256, deterministic=False), thinking=False).in_thread() as url:
+        assert command.main([*words[:2], url, *words[3:], "--run", str(tmp_path / "three"), QUESTION]) == 1
+        assert re.match(r"context \(the model's server answers 400: .*at most 256.*\): 0 critical steps", capsys.readouterr().err)
 
 
 # The command line

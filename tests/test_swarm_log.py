@@ -4,7 +4,6 @@ Run: .venv/bin/python -m pytest tests/test_swarm_log.py
 """
 
 import errno
-import io
 import os
 import random
 
@@ -63,10 +62,6 @@ def test_a_full_disk_leaves_no_part_of_an_event(tmp_path, monkeypatch):
     assert len(read_log(tmp_path / "events.jsonl")) == 2
 
 
-def answers(rng, agent, count):
-    return [("answer", {"agent": agent, "step": step, "message": {}}) for step in range(count)]
-
-
 def test_the_episode_and_the_graph_of_a_log_agree_however_its_events_are_interleaved():
     rng = random.Random(0)
     for _ in range(50):
@@ -78,7 +73,8 @@ def test_the_episode_and_the_graph_of_a_log_agree_however_its_events_are_interle
                 task += 1
                 count, status = rng.randint(0, 4), rng.choice(["done", "failed", "steps"])
                 log.add("assign", task=task, agent="reader", prompt=f"p{task}", step=step, place=place)
-                queues.append([*answers(rng, task, count), ("result", {"task": task, "status": status, "steps": count, "text": ""})])
+                answered = [("answer", {"agent": task, "step": number, "message": {}}) for number in range(count)]
+                queues.append([*answered, ("result", {"task": task, "status": status, "steps": count, "text": ""})])
                 subtasks.append(Subtask(count, f"p{task}", status == "done"))
             while queues:
                 queue = rng.choice(queues)
@@ -91,8 +87,9 @@ def test_the_episode_and_the_graph_of_a_log_agree_however_its_events_are_interle
 
 
 def test_messages_come_back_as_they_were_with_their_tokens():
-    calls, errors = read_calls([{"id": "x", "function": {"name": "search", "arguments": '{"query": "ü"}'}}, {"function": {"name": "a b"}}, 7,
-                                {"function": {"name": "browse", "arguments": "[1]"}}, {"function": {"name": "browse", "arguments": None}}], 4)  # fmt: skip
+    functions = [{"name": "search", "arguments": '{"query": "ü"}'}, {"name": "a b"}, {"name": "browse", "arguments": "[1]"},
+                 {"name": "browse", "arguments": None}, 7]  # fmt: skip
+    calls, errors = read_calls([{"id": "x", "function": function} for function in functions], 4)
     assert [call.id for call in calls] == ["functions.search:4", "functions.browse:5"] and len(errors) == 3
     assert read_calls("nonsense", 0) == ([], []) and calls[1].arguments == {}
     for message in (Message("why", "so", tuple(calls), ("wrong",)), Sampled("", "so", (), (), (1, 2), (-0.5, -0.25), (0, 0), "stop")):
@@ -103,4 +100,3 @@ def test_messages_come_back_as_they_were_with_their_tokens():
 
 def test_a_models_words_do_nothing_to_a_terminal():
     assert plain("a\x1b[2Jb\rc\n") == "a [2Jb c " and plain("a\nb", "\n") == "a\nb" and plain("ü漢") == "ü漢"
-    assert not io.StringIO().isatty()
