@@ -591,15 +591,14 @@ class Local:
                        tuple(talk.versions[-count:]), talk.finish)  # fmt: skip
 
 
-def _local(folder, slots, seed, sampling, thinking):
+def _local(folder, slots, capacity, seed, sampling, thinking):
     """A Local policy over a checkpoint's folder."""
     from engine import Engine  # here: they load torch
     from k25 import load
     from rollout import Handle, RolloutManager, Sampling
     from tokenizer import Tokenizer
 
-    model = load(folder)
-    engine = Engine(model, slots, min(model.config.max_position_embeddings, 4096))
+    engine = Engine(load(folder), slots, capacity)
     manager = RolloutManager(engine, None, Tokenizer(engine.model.vocab_size), Sampling(**sampling), thinking)
     return Local(Handle(manager, "swarm", seed, 0, 0))
 
@@ -624,7 +623,7 @@ async def _run(options, limits):
     async with contextlib.AsyncExitStack() as stack:
         if options.local:
             longest = {"max_new_tokens": options.max_tokens} if options.max_tokens else {}
-            policy = _local(options.local, options.slots, options.seed, sampling | longest, not options.instant)
+            policy = _local(options.local, options.slots, options.capacity, options.seed, sampling | longest, not options.instant)
         else:
             extra = {"max_tokens": options.max_tokens} if options.max_tokens else {}
             extra |= {"chat_template_kwargs": {"thinking": False}} if options.instant else {}
@@ -673,7 +672,7 @@ def main(arguments=None):
         ("slots", int, 16, "answers that are sampled at once"), ("share", float, 0.25, "of the slots for the orchestrator"),
         ("temperature", float, None, "of sampling"), ("top-p", float, None, "of sampling"), ("max-tokens", int, None, "of one answer"),
         ("timeout", float, 300.0, "seconds of one request"), ("retries", int, 5, "of a request that failed"),
-        ("seed", int, 0, "of a local model's answers and of the waits between retries"),
+        ("capacity", int, 8192, "tokens of a local model's context"), ("seed", int, 0, "of a local model's answers and of the waits between retries"),
     ):  # fmt: skip
         command.add_argument(f"--{flag}", type=kind, default=default, help=about)
     command.add_argument("--no-python", action="store_true", help="leave the python tool out")

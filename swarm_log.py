@@ -28,6 +28,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -242,7 +243,7 @@ class View:
         now = time.monotonic()
         if now - self._at >= 0.1 or event["kind"] == "end":
             self._at = now
-            lines = self.lines()
+            lines = [line[: shutil.get_terminal_size().columns - 1] for line in self.lines()]  # one that is wrapped would count as two
             self.stream.write((f"\x1b[{self._drawn}F\x1b[J" if self._drawn else "") + "".join(f"{line}\n" for line in lines))
             self.stream.flush()
             self._drawn = len(lines)

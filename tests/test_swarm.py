@@ -28,7 +28,7 @@ from critical import critical_steps, finish_reward, item_f1, longest_path, total
 from engine import Completion, Engine
 from gateway import Gateway
 from interpreter import InterpreterPool
-from k25 import K25
+from k25 import K25, save
 from rollout import Handle, RolloutManager, Sampling
 from swarm import Endpoint, Limits, Local, PolicyError, Slots, Swarm, SwarmError
 from swarm_log import Log, View, episode, read_calls, read_log, refused, step_graph
@@ -619,14 +619,14 @@ class Planned:
         return Message("", "" if made else "done", tuple(made), tuple(errors))
 
 
-def speak(tiny, notes, log, cap=16):
-    """Three subagents of a real model under a planned orchestrator: the events, and how many were sampled at once."""
-    engine, most = Engine(tiny, slots=4, capacity=2048), 0
+def speak(engine, notes, log, cap=16):
+    """Three subagents of a real model under a planned orchestrator: their Rollouts, and how many were sampled at once."""
+    most, decode = 0, engine.model.decode
 
     async def script():
         nonlocal most
         manager = RolloutManager(engine, None, TOKENIZER, Sampling(6))
-        sub, decode = Local(Handle(manager, "swarm", 7, 0, 0)), engine.model.decode
+        sub = Local(Handle(manager, "swarm", 7, 0, 0))
 
         def counted(tokens, places):
             nonlocal most
@@ -638,7 +638,10 @@ def speak(tiny, notes, log, cap=16):
         await swarm.run()
         return [sub.rollout(str(task)) for task in (1, 2, 3)]
 
-    return asyncio.run(script()), most
+    try:
+        return asyncio.run(script()), most
+    finally:
+        engine.model.decode = decode
 
 
 def sampled(log):
@@ -646,19 +649,20 @@ def sampled(log):
 
 
 def test_subagents_of_a_real_model_are_batched_and_say_the_same_in_any_company_and_after_a_cut(tiny, notes):
-    rollouts, most = speak(tiny, notes, together := Log(None))
+    engine = Engine(tiny, slots=4, capacity=2048)
+    rollouts, most = speak(engine, notes, together := Log(None))
     tokens = sampled(together)
     assert most == 3 and len(tokens) == 6 and all(result["status"] == "garbage" for result in results(together).values())
     for task, rollout in enumerate(rollouts, 1):  # token in, token out: what is trained on is what the log holds
         generated = [token for token, flag in zip(rollout.ids, rollout.generated) if flag]
         assert generated == tokens[task, 0]["ids"] + tokens[task, 1]["ids"]
         assert list(rollout.logprobs) == tokens[task, 0]["logprobs"] + tokens[task, 1]["logprobs"]
-    _, most = speak(tiny, notes, alone := Log(None), cap=2)
+    _, most = speak(engine, notes, alone := Log(None), cap=2)
     assert most == 1 and sampled(alone) == tokens
     first = [n for n, event in enumerate(together.events) if event["kind"] == "answer" and event["agent"] in (1, 2, 3)]
     cut = Log(None)
     cut.events = together.events[: first[2] + 1]  # each has answered once
-    again, _ = speak(tiny, notes, cut)
+    again, _ = speak(engine, notes, cut)
     assert sampled(cut) == tokens and [rollout.ids for rollout in again] == [rollout.ids for rollout in rollouts]
 
 
@@ -707,8 +711,20 @@ def test_an_episode_of_a_manager_is_a_rollout_in_which_the_subagents_tokens_are_
         assert critical_steps(episode(log.events)) == 5 and [call.name for call in one.info.calls] == ["create_subagent", *["assign_task"] * 2]
         mine = TOKENIZER.decode([token for token, flag in zip(one.ids, one.generated) if flag])
         whole = TOKENIZER.decode(one.ids)
+        assert f"<|im_system|>system<|im_middle|>{command.ORCHESTRATOR}<|im_end|><|im_user|>user<|im_middle|>Heights of: ash birch<|im_end|>" in whole
         assert mine.endswith("ash=31 birch=47<|im_end|>") and "ash: 31" in whole and "ash: 31" not in mine and "metres" not in whole
         assert set(one.versions) == {3} and len(one.logprobs) == sum(one.generated)
+
+
+def test_a_checkpoint_is_run_from_the_command_line(tiny, notes, tmp_path, capsys):
+    save(tiny, tmp_path / "model")
+    words = ["run", "--local", str(tmp_path / "model"), "--slots", "2", "--capacity", "4096", "--max-tokens", "4", "--instant", "--no-python"]
+    assert command.main([*words, "--corpus", str(notes), "--run", str(tmp_path / "run"), "--main-steps", "2", QUESTION]) == 1
+    assert capsys.readouterr().err.startswith("steps: 2 critical steps")
+    assert len(sampled(log := Log(tmp_path / "run" / "events.jsonl"))) == 2
+    log.close()
+    assert command.main([*words[:1], "--local", str(tmp_path / "none"), "--corpus", str(notes), "--run", str(tmp_path / "other"), "x"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # The project's own gateway
