@@ -395,7 +395,7 @@ class Swarm:
             if sum(given == step for given, _ in self.assigned) >= self.limits.agents:
                 return f"Refused: {self.limits.agents} agents are at work, the most at once; assign it again after this step"
             if left < 1:
-                return f"Refused: {left + 1} critical steps are left, which the answer needs"
+                return "Refused: the critical steps that are left are needed for the answer"
             task = len(self.assigned) + 1
             self.assigned[step, place], self._prompts[text] = task, (task, kind)
             self.log.add("assign", task=task, agent=kind, prompt=prompt, step=step, place=place)

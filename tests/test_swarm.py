@@ -342,7 +342,7 @@ def test_critical_steps_never_exceed_their_budget_and_leave_one_for_the_answer(n
         assert re.search(r"its 2 steps are spent; .*\nIt had: # The ash tower\nIt is 31", results(log)[1]["text"], re.DOTALL)
         assert {event["steps"] for event in results(log).values()} == {2}
     if limit == 2:
-        assert not results(log) and "1 critical steps are left, which the answer needs" in json.dumps(log.events)
+        assert not results(log) and "Refused: the critical steps that are left are needed for the answer" in json.dumps(log.events)
 
 
 @pytest.mark.parametrize("limit", [1, 4, 7, 10])
