@@ -58,9 +58,9 @@ class JobConfig:
     tasks: str = "colour,count,measure,chart,sort,menu"  # names, parted by commas, "" for all: see python tasks.py list
     modality: str = "both"  # of the training prompts: text | vision | both
     traces: int = 2400  # of SFT
-    iterations: int = 20  # of RL
+    iterations: int = 16  # of RL
     pool: int = 192  # training prompts
-    rft_steps: int = 60  # 0: no RFT
+    rft_steps: int = 40  # 0: no RFT
     questions: int = 96  # held-out tasks per modality
     workers: int = 1  # interpreters
     checkpoint_every: int = 10  # iterations
