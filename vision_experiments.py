@@ -175,7 +175,7 @@ def zero_vision_report(folder, t, cells):
     names = [f"| {name} | {sum(t.blind for t in asked if t.name == name) / t.each:.2f} | "
              + " | ".join(f"{success[arm][:, [i for i, task in enumerate(asked) if task.name == name]].mean():.2f}" for arm in SFT_ARMS) + " |"
              for name in LOOKED]  # fmt: skip
-    plot_arms({"success with tools, by kind": {arm: (range(len(LOOKED)), *_by_kind(success[arm], asked)) for arm in SFT_ARMS}}, folder / "kinds.png")
+    plot_arms({"success with tools, by kind": {arm: (LOOKED, *_by_kind(success[arm], asked)) for arm in SFT_ARMS}}, folder / "kinds.png")
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_file(folder / "report.md", "\n".join([
         "# Zero-vision SFT: does text alone activate visual tool use?", "",
@@ -185,7 +185,7 @@ def zero_vision_report(folder, t, cells):
         "| SFT | success with tools | right at all | called the interpreter | success, shuffled pictures | right without tools |", "|---|---|---|---|---|---|", *rows, "",
         f"Success of zero-vision less text+vision: {gap}.", "", "## By kind of task: success with tools", "",
         f"| kind | blind, at most | {' | '.join(SFT_ARMS)} |", f"|---|---|{'---|' * len(SFT_ARMS)}", *names, "",
-        "![by kind](kinds.png)", "", f"Numbers on the axis: {', '.join(f'{i} {name}' for i, name in enumerate(LOOKED))}.", "",
+        "![by kind](kinds.png)", "",
         "## Trajectories\n\nThe first two of each kind; blue is what the model wrote, ▦ stands for the picture.", "",
         *[f"![{arm}](trajectories-{arm}-{t.first_seed}.png)" for arm in SFT_ARMS], "",
         "Settings: config.json; every step: cells/*.jsonl. Settings were chosen on seed 0, which is not among these.", ""]))  # fmt: skip
