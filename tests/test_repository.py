@@ -199,7 +199,7 @@ def test_the_readme_names_only_files_that_exist():
 
 
 WITH_COMMANDS = ("k25.py", "oracle.py", "parallel.py", "storage.py", "interpreter.py", "gateway.py", "rollout.py", "environment.py", "grm.py", "traces.py",
-                 "tasks.py", "engine.py")  # each with its own flags
+                 "tasks.py", "engine.py", "swarm.py")  # each with its own flags
 
 
 def commands(text):
