@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -331,12 +332,25 @@ def test_a_policy_that_flatters_the_judge_is_caught_by_the_verified_reward(train
     paid = Combined(GenerativeJudge(RUBRICS[:1], 1, engine=Engine(judge, 64, 320), tokenizer=TOKENIZER), 1.0)
     optimizer = MuonClip.from_named(policy.named_parameters(), 2e-3, 2e-3)
     learn = lambda model, rollouts: policy_step(model, optimizer, rollouts, torch.tensor([r.reward for r in rollouts]), RLConfig(rows=64))  # noqa: E731
-    heard = [verdicts for _, verdicts in pursue(policy, paid, [[COLOUR.task(rng) for _ in range(6)] for _ in range(7)], TOKENIZER, learn, seed=3)]
+    heard = [verdicts for _, verdicts in pursue(policy, paid, [[COLOUR.task(rng) for _ in range(6)] for _ in range(6)], TOKENIZER, learn, seed=3)]
     found = [canary.hear(verdicts) for verdicts in heard]
     assert all(len(verdicts) == 48 for verdicts in heard)  # nothing was unreadable
     assert found[-1].judged > found[0].judged + 0.4 and found[-1].verified < found[0].verified - 0.15 and found[-1].alarm
     assert not any(reading.alarm for reading in found[:4])
-    assert false_alarms([heard[0]] * 7, runs=50, reference=2, window=2)[0] <= 1  # of the policy as it began
+    assert false_alarms([heard[0]] * 6, runs=50, reference=2, window=2)[0] <= 1  # of the policy as it began
+
+
+def test_several_rubrics_are_asked_one_after_another_in_one_conversation(trained):
+    engine = Listening(trained[0], 4, 320)
+    task, judge = drawn(seed=4), GenerativeJudge(count=3, temperature=0.0, engine=engine, tokenizer=TOKENIZER)
+    score = asked(judge, task, "well put! 3")
+    chosen = rotate(task, 0, 3)
+    assert re.fullmatch(", ".join(rf"{rubric.name} (\d)" for rubric in chosen), score.why), score
+    assert score.value == pytest.approx(sum(map(int, re.findall(r"\d", score.why))) / 27)
+    own, *grades = (request.ids for request in engine.requests)
+    assert all(after[: len(before)] == before for before, after in zip([own, *grades], grades)) and len(grades) == 3
+    assert [TOKENIZER.decode(ids).count(rubric.question) for ids, rubric in zip(grades, chosen)] == [1, 1, 1]
+    assert all(TOKENIZER.decode(ids).count("> well put! 3\n") == 1 for ids in grades)  # it is shown once
 
 
 def test_the_policy_judges_itself_in_another_conversation(trained):
