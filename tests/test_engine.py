@@ -307,6 +307,7 @@ def test_a_width_whose_bits_differ_is_not_used(monkeypatch):
         return attend(q_nope, q_rope, groups, *rest) * (1 + 1e-5 * (groups[0][3].shape[1] == 16))
 
     monkeypatch.setattr(module, "attend_in_blocks", wrong_at_16)
+    monkeypatch.setattr(module, "_AGREEING", {})
     slots = SlotModel(MODEL, 30, KEYS)
     assert slots._decode_widths == [8, 32] and slots._prompt_widths == [8, 32, 64, 128, 192, 256]
     assert answers(Engine(MODEL, 30, KEYS), requests(14, seed=5)) == EXPECTED_14
@@ -315,6 +316,7 @@ def test_a_width_whose_bits_differ_is_not_used(monkeypatch):
         return attend(q_nope, *rest) * (1 + 1e-5 * torch.arange(len(q_nope))[:, None])
 
     monkeypatch.setattr(module, "attend_in_blocks", by_place)
+    monkeypatch.setattr(module, "_AGREEING", {})
     with pytest.raises(EngineError, match="depends, on this machine, on the row"):
         SlotModel(MODEL, 8, KEYS)
     assert SlotModel(MODEL, 8, KEYS, deterministic=False)._decode_widths == [8]
@@ -327,6 +329,7 @@ def test_queries_of_one_prompt_go_apart_where_together_they_round_differently(mo
         return attend(q_nope, q_rope, groups, *rest) * (1 + 1e-5 * (len(groups[0][2][0]) == 1))
 
     monkeypatch.setattr(module, "attend_in_blocks", other_when_shared)
+    monkeypatch.setattr(module, "_AGREEING", {})
     engine = Engine(MODEL, 8, KEYS)
     assert engine.model._together is False
     assert answers(engine, requests(14, seed=5)) == EXPECTED_14
