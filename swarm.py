@@ -477,7 +477,8 @@ class Endpoint:
 
     async def answer(self, messages, tools, agent):
         """The next answer, a Message. Raises PolicyError, ContextFullError."""
-        body = {"model": self.model, "messages": sendable(messages), "tools": tools} | self.options
+        seed = random.Random(f"{self.seed} {agent} {len(messages)}").getrandbits(53)
+        body = {"model": self.model, "messages": sendable(messages), "tools": tools, "seed": seed} | self.options
         for attempt in range(self.retries + 1):
             try:
                 return self._read(await self._post(body, agent), calls_before(messages))
