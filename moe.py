@@ -21,6 +21,7 @@ F expert width; in the int4 part O and I are the output and input width of one m
 Tests: .venv/bin/python -m pytest tests/test_moe.py
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -260,11 +261,21 @@ class _Combine(torch.autograd.Function):
         return _Dispatch.apply(grad, *ctx.saved_tensors, ctx.top_k), None, None, None
 
 
-# torch.compile traces grouped_mm in bf16 only; elsewhere it steps around the call
-_grouped_mm_eager = torch.compiler.disable(F.grouped_mm)
+def _eagerly(function):
+    """Have torch.compile step around a function, as torch.compiler.disable does, which would load the whole compiler here."""
+    around = torch._disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*arguments, **settings):
+        return (around if torch.compiler.is_compiling() else function)(*arguments, **settings)
+
+    return call
 
 
-@torch.compiler.disable
+_grouped_mm_eager = _eagerly(F.grouped_mm)  # torch.compile traces grouped_mm in bf16 only
+
+
+@_eagerly
 def _segment_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """_grouped_linear as a loop over the experts that have rows, for any dtype and width."""
     loads = {e: load for e, load in enumerate(counts.tolist()) if load} or {0: 0}

@@ -13,7 +13,6 @@ from fractions import Fraction
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from scipy.optimize import linear_sum_assignment
 
 import rewards as rules
 from op import Op, Suspect
@@ -56,6 +55,12 @@ def _iou(a, b):
     return both / (area + other - both)
 
 
+def _largest_pairs(weights):
+    from scipy.optimize import linear_sum_assignment  # takes half a second, which most users of this module are spared
+
+    return linear_sum_assignment(weights, maximize=True)
+
+
 def _soft_f1(predicted, targets, weights):
     number, true = len(predicted), len(targets)
     if not number or not true:
@@ -64,7 +69,7 @@ def _soft_f1(predicted, targets, weights):
     for row, item in enumerate(predicted):
         if predicted[:row].count(item) >= max(targets.count(item), 1):
             weights[row] = [0.0] * true
-    rows, columns = linear_sum_assignment(weights, maximize=True)
+    rows, columns = _largest_pairs(weights)
     total = sum(weights[row][column] for row, column in zip(rows, columns))
     return 2 * total / (number + true), total / number, total / true
 
@@ -126,7 +131,7 @@ def _gauss(a, b, sigma):
 
 
 def _best(weights):
-    return weights[linear_sum_assignment(weights, maximize=True)].sum()
+    return weights[_largest_pairs(weights)].sum()
 
 
 def _by_brute_force(weights):

@@ -12,7 +12,6 @@ import functools
 import pathlib
 from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -208,6 +207,8 @@ FONTS = {  # files of matplotlib's own font folder
 @functools.lru_cache(maxsize=None)
 def font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """One of FONTS at a size in pixels; the same layout engine everywhere, so the same pixels everywhere."""
+    import matplotlib  # its fonts alone are wanted, and only where something is written
+
     path = pathlib.Path(matplotlib.get_data_path(), "fonts", "ttf", FONTS[name])
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 

@@ -38,7 +38,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from pictures import PAPER, DrawError, draw_program
 
@@ -245,6 +244,8 @@ def soft_f1(predicted, targets, weights, spoiled=0):
     predicted: (N,D) int; targets: (M,D) int; weights: (N,M) float in 0…1; spoiled: int — predictions that could not be
     read, which count in N. Returns (F1, precision, recall), floats.
     """
+    from scipy.optimize import linear_sum_assignment  # takes half a second, which most users of this module are spared
+
     wanted, seen = Counter(map(tuple, targets.tolist())), Counter()
     number, true = len(predicted) + spoiled, len(targets)
     if not number or not true:

@@ -112,7 +112,7 @@ def test_an_answer_that_is_no_text_scores_0(reward, answer):
 
 
 def test_what_is_too_long_or_too_many_is_refused_before_anything_is_matched(monkeypatch):
-    monkeypatch.setattr(rewards, "linear_sum_assignment", None)
+    monkeypatch.setattr("scipy.optimize.linear_sum_assignment", None)
     assert "5001 characters" in box_f1("x" * 5001, "[1 2 3 4]").why
     assert f"more than {MOST}" in box_f1("[1 2 3 4]" * (MOST + 1), "[1 2 3 4]").why
     assert f"more than {MOST} corners" in polygon_iou("{" + "1 2 " * (MOST + 1) + "}", "{1 2 3 4 9 9}").why
