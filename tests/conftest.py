@@ -5,6 +5,7 @@ Run everything: make test        Run one file: .venv/bin/python -m pytest tests/
 
 import functools
 import json
+import os
 import pathlib
 import sys
 
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+os.environ.setdefault("PARALLEL", "0")  # tinygrad compiles here, and not in processes of its own
 
 import conformance  # noqa: E402
 from manifest import open_manifest  # noqa: E402 - needs the path above

@@ -67,23 +67,21 @@ def test_a_closed_pipe_ends_quietly():
     assert reader.wait(60) == 0 and b"Traceback" not in reader.stderr.read()
 
 
-def test_the_whole_way_of_a_port(tmp_path):
+def test_the_whole_way_of_a_port(tmp_path, capsys):
     """A port is checked, its goldens are compared, its bug is found by the same words."""
     port = tmp_path / "port.py"
     port.write_text("import torch\n\ndef softmax_scale(n, p, factor, mscale, mscale_all_dim):\n    return (n + p) ** -0.5\n")
     checked = program("check", str(port), "--ops", "softmax_scale")
     assert checked.returncode == 1 and "YaRN" in checked.stdout
-    written = program("golden", "--out", str(tmp_path / "golden"), "--ops", "softmax_scale,rms_norm", "--cases", "2")
-    assert written.returncode == 0, written.stderr
-    same = program("compare", str(tmp_path / "golden"), str(tmp_path / "golden"))
-    assert same.returncode == 0, same.stdout + same.stderr
+    golden = str(tmp_path / "golden")
+    assert oracle.main(["golden", "--out", golden, "--ops", "softmax_scale,rms_norm", "--cases", "2"]) == 0
+    assert oracle.main(["compare", golden, golden]) == 0, capsys.readouterr().out
 
 
-def test_the_whole_way_of_a_student(tmp_path):
+def test_the_whole_way_of_a_student(tmp_path, capsys):
     lesson = tmp_path / "my_rms_norm.py"
-    assert program("exercise", "rms_norm", "--out", str(lesson)).returncode == 0
-    untouched = program("grade", str(lesson))
-    assert untouched.returncode == 1 and " 0" in untouched.stdout
+    assert oracle.main(["exercise", "rms_norm", "--out", str(lesson)]) == 0
+    assert oracle.main(["grade", str(lesson)]) == 1 and " 0" in capsys.readouterr().out
     lesson.write_text(lesson.read_text().partition("def rms_norm")[0] + (
         "def rms_norm(x, weight, eps):\n    wide = x.to(torch.promote_types(x.dtype, torch.float32))\n"
         "    return weight * (wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)).to(x.dtype)\n"))  # fmt: skip
