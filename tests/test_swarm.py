@@ -29,8 +29,9 @@ from engine import Completion, Engine
 from gateway import Gateway
 from interpreter import InterpreterPool
 from k25 import K25, save
+from policies import KEY_VARIABLE, Endpoint, Local, PolicyError, SwarmError
 from rollout import Handle, RolloutManager, Sampling
-from swarm import Endpoint, Limits, Local, PolicyError, Slots, Swarm, SwarmError
+from swarm import Limits, Slots, Swarm
 from swarm_log import Log, View, episode, read_calls, read_log, refused, step_graph
 from template import Message
 from tokenizer import Tokenizer
@@ -43,7 +44,7 @@ HEIGHTS = {"ash": 31, "birch": 47, "cedar": 52, "elm": 28, "fir": 63, "oak": 39}
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch):
-    monkeypatch.delenv(command.KEY_VARIABLE, raising=False)
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -573,7 +574,7 @@ def test_waits_double_with_jitter_from_the_seed_and_a_server_that_asks_for_more_
 
 
 def test_the_key_comes_from_the_environment_and_is_told_to_nobody_else(notes, monkeypatch, tmp_path):
-    monkeypatch.setenv(command.KEY_VARIABLE, "sk-very-secret")
+    monkeypatch.setenv(KEY_VARIABLE, "sk-very-secret")
 
     async def echo(who, number, body):
         return web.json_response({"error": {"message": "Incorrect API key sk-very-secret"}}, status=401)
@@ -592,7 +593,7 @@ def test_the_key_comes_from_the_environment_and_is_told_to_nobody_else(notes, mo
     with Log(tmp_path / "events.jsonl") as log:
         outcome, _, _ = play(Server(trouble), notes, log=log)
     assert outcome.status == "done" and "secret" not in (tmp_path / "events.jsonl").read_text()
-    monkeypatch.delenv(command.KEY_VARIABLE)
+    monkeypatch.delenv(KEY_VARIABLE)
     assert "Authorization" not in answered(None)[2].headers[0]
 
 
@@ -765,7 +766,7 @@ def test_misuse_is_told_in_one_line_with_exit_code_2(notes, tmp_path, capsys, mo
     refused("cannot be reached: .*; go on later with --resume", "x", "--retries", "0")
     refused("has a run already", "x")
     refused("another question", "--resume", "y")
-    monkeypatch.setenv(command.KEY_VARIABLE, "two words")
+    monkeypatch.setenv(KEY_VARIABLE, "two words")
     refused("characters that no header carries", "--resume")
 
 
