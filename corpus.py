@@ -1,6 +1,6 @@
 """A folder of text and Markdown files as a searchable corpus: what agents search and browse — K2.5 report 3.
 
-    corpus = Corpus("notes")
+    corpus = Corpus("notes")                            # or Corpus.of({name: text})
     corpus.search("height of the tower", top=3)         # Hits: page, score, the line that fits best
     corpus.browse("towers/north.md", start=0)           # a piece of the page, and where to go on
 
@@ -53,9 +53,7 @@ class Corpus:
         root = pathlib.Path(folder)
         if not root.is_dir():
             raise CorpusError(f"{folder} is no folder: give one with .txt or .md files")
-        if piece < 1:
-            raise CorpusError(f"pieces of {piece} characters: at least 1")
-        self.piece, self._pages = piece, {}
+        pages = {}
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root).as_posix()
             if path.suffix.lower() not in (".txt", ".md") or any(part.startswith(".") for part in path.relative_to(root).parts):
@@ -64,15 +62,29 @@ class Corpus:
                 continue
             try:
                 raw = path.read_bytes() if path.stat().st_size <= largest else None
-                self._pages[name] = raw.decode("utf-8-sig") if raw is not None else ""
+                pages[name] = raw.decode("utf-8-sig") if raw is not None else ""
             except OSError as error:
                 raise CorpusError(f"{path}: cannot be read ({error.strerror})") from None
             except UnicodeDecodeError as error:
                 raise CorpusError(f"{path}: byte {error.start} is no UTF-8; convert the file") from None
             if raw is None:
                 raise CorpusError(f"{path}: larger than {largest} bytes; cut the file")
-        if not self._pages:
+        if not pages:
             raise CorpusError(f"{folder}: no .txt or .md file below it")
+        self._take(pages, piece)
+
+    @classmethod
+    def of(cls, pages, piece=2000):
+        """A corpus of pages that are no files. pages: {name: text}, at least one."""
+        corpus = cls.__new__(cls)
+        corpus._take(pages, piece)
+        return corpus
+
+    def _take(self, pages, piece):
+        """Index the pages."""
+        if piece < 1:
+            raise CorpusError(f"pieces of {piece} characters: at least 1")
+        self.piece, self._pages = piece, pages
         self.names = tuple(sorted(self._pages))
         self.digest = hashlib.sha256(repr([(name, self._pages[name]) for name in self.names]).encode("utf-8", "surrogatepass")).hexdigest()
         self._places, self._lengths = {}, {}  # word → {page: how often}; words of each page

@@ -171,12 +171,12 @@ class Endpoint:
 class Local:
     """A policy that samples a K25 through a rollout.Handle: what was sampled stays as it was, ids are appended and never encoded again.
 
-    handle: rollout.Handle, of the engine that all agents share; sampling: rollout.Sampling, default the manager's. Agents that
-    answer at once are batched by the engine.
+    handle: rollout.Handle, of the engine that all agents share; sampling: rollout.Sampling, default the manager's; declare: bool —
+    False for a model that was trained without declarations of its tools. Agents that answer at once are batched by the engine.
     """
 
-    def __init__(self, handle, sampling=None):
-        self.handle, self.sampling, self._talks = handle, sampling, {}
+    def __init__(self, handle, sampling=None, declare=True):
+        self.handle, self.sampling, self.declare, self._talks = handle, sampling, declare, {}
 
     def __str__(self):
         return f"a K25, seed {self.handle.seed}"
@@ -188,7 +188,7 @@ class Local:
     async def answer(self, messages, tools, agent):
         """The next answer, Sampled. Raises ContextFullError when the engine's capacity leaves no room."""
         if agent not in self._talks:
-            self._talks[agent] = self.handle.conversation(tools, name=agent), 0
+            self._talks[agent] = self.handle.conversation(tools if self.declare else None, name=agent), 0
         talk, told = self._talks[agent]
         for message in messages[told:]:
             role, content = message["role"], message.get("content") or ""

@@ -65,6 +65,7 @@ class Limits:
     sub_steps: int = 100  # answers of a subagent, per subtask
     critical_steps: int = 1000  # of the run
     tool_calls: int = 1500  # of the run, everybody's
+    own_calls: int = 100  # of one answer, to search, browse and python; what is beyond is refused
     agents: int = 100  # subagents at once
     context: int = 400_000  # characters that an agent sends at most: its messages and tools, as JSON
     observation: int = 8000  # characters of what a tool or a subagent returns
@@ -169,13 +170,13 @@ class Swarm:
 
     question: str; policy: of the orchestrator; corpus: Corpus; log: Log — when it has events, the run goes on from them, with the
     limits in them; limits: Limits; subpolicy: of the subagents, default the same; pool: InterpreterPool, or None for no python tool;
-    slots: Slots. agents: those at work, by name; critical, calls: spent so far;
+    slots: Slots; delegation: False for a single agent. agents: those at work, by name; critical, calls: spent so far;
     assigned: subtasks by (step, place) of the call; results: events by subtask. Raises SwarmError when the log is of another run.
     """
 
-    def __init__(self, question, policy, corpus, log, limits=Limits(), *, subpolicy=None, pool=None, slots=None):
+    def __init__(self, question, policy, corpus, log, limits=Limits(), *, subpolicy=None, pool=None, slots=None, delegation=True):
         self.question, self.policy, self.subpolicy, self.corpus, self.log = question, policy, subpolicy or policy, corpus, log
-        self.pool, self.slots, self.limits = pool, slots or Slots(), limits
+        self.pool, self.slots, self.limits, self.delegation = pool, slots or Slots(), limits, DELEGATION if delegation else []
         self.tools = Tools(corpus, pool)
         self.agents, self.kinds, self.critical, self.calls = {}, {}, 0, 0
         self._answers, self._returned, self.assigned, self.results, self._end = {}, {}, {}, {}, None
@@ -222,7 +223,7 @@ class Swarm:
             self.log.add("start", question=self.question, limits=dataclasses.asdict(self.limits), corpus=self.corpus.digest,
                          python=self.pool is not None, models=[str(self.policy), str(self.subpolicy)])  # fmt: skip
         messages = [{"role": "system", "content": ORCHESTRATOR}, {"role": "user", "content": self.question}]
-        main = _Agent("main", messages, [*DELEGATION, *self.tools.declarations], self.limits.main_steps)
+        main = _Agent("main", messages, [*self.delegation, *self.tools.declarations], self.limits.main_steps)
         status, text = await self._work(main)
         self.log.add("end", status=status, text=text, why=main.why)
         return Outcome(status, text, main.why)
@@ -286,7 +287,9 @@ class Swarm:
         agent.state = ", ".join(sorted({call.name for call in calls})) or "errs"
         stage = []  # steps of the subtasks that this answer gives away
         places = sorted(range(len(calls)), key=lambda place: calls[place].name != "create_subagent")
-        begun = [self._begin(agent, step, place, calls[place], stage) for place in places]
+        own = [place for place, call in enumerate(calls) if call.name not in ("create_subagent", "assign_task")]
+        surplus = set(own[self.limits.own_calls :])
+        begun = [self._begin(agent, step, place, calls[place], stage, place in surplus) for place in places]
         texts = dict(zip(places, await _together([self._finish(agent, step, place, work) for place, work in zip(places, begun)])))
         self.critical += max(stage, default=0)
         for place, call in enumerate(calls):
@@ -302,7 +305,7 @@ class Swarm:
 
     # -- calls
 
-    def _begin(self, agent, step, place, call, stage):
+    def _begin(self, agent, step, place, call, stage, surplus):
         """What is to be done for a call, a function without arguments; or a text where nothing is: it was done, or is refused."""
         task = self.assigned.get((step, place)) if agent.main else None
         if (text := self._returned.get((agent.name, step, place))) is not None:
@@ -311,6 +314,8 @@ class Swarm:
             return text
         if wrong := misfit(call, agent.tools):
             return f"Error: {wrong}"
+        if surplus:
+            return f"Refused: {self.limits.own_calls} of these calls in one answer, at most"
         if self.calls >= self.limits.tool_calls:
             return f"Refused: the {self.limits.tool_calls} tool calls of this run are spent; answer with what you have"
         if call.name == "assign_task":

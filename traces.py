@@ -19,7 +19,7 @@ In both arms `text` of the traces are text twins, answered from their words: cha
 by clicks. A program is written from the question alone, and the answer from what the program printed; only text twins,
 clicks and looking use the truth.
 
-Public names: Trace, Collected, ARMS, collect, make, encode, Script, scripts, STYLES, reasoning, TraceError, main.
+Public names: Trace, Collected, ARMS, collect, make, encode, Script, scripts, Scribe, STYLES, reasoning, TraceError, main.
 Tests: pytest tests/test_traces.py
 """
 
@@ -283,7 +283,7 @@ def _by_heart(task, rng):
     yield thought, task.truth, []
 
 
-class _Scribe:
+class Scribe:
     """Stands in the place of a rollout's Handle, and lets a writer answer."""
 
     def __init__(self, tokenizer, writer):
@@ -357,7 +357,7 @@ async def make(arm, task, environment, tokenizer, rng):
     if arm == "zero-vision" and task.app and task.modality == "vision":
         raise TraceError(f"task {task.name} over pictures has no trace without them: use its text twin")
     writer = rng.choice(_writers(arm, task))(task, rng)
-    rollout = await environment.rollout(task, _Scribe(tokenizer, writer), 0)
+    rollout = await environment.rollout(task, Scribe(tokenizer, writer), 0)
     return Trace(task, rollout) if rollout.valid and rollout.reward >= task.passing else None
 
 
