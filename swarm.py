@@ -37,7 +37,7 @@ import re
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from corpus import Corpus, Tools, declared, misfit
@@ -144,7 +144,9 @@ class _Agent:
     messages: list
     tools: list
     most: int  # steps
+    characters: int  # of what it sends: its tools and the messages that are counted, as JSON
     kind: str = "main"  # as whom it was created
+    counted: int = 0  # messages
     steps: int = 0
     said: str = ""  # the last content that it wrote
     state: str = "waits"  # for the view
@@ -153,6 +155,12 @@ class _Agent:
     @property
     def main(self):
         return self.name == "main"
+
+    def measure(self):
+        """Characters of [messages, tools] as JSON. Each message is looked at once, and must be as it is going to be sent."""
+        self.characters += len(json.dumps(sendable(self.messages[self.counted :])))
+        self.counted = len(self.messages)
+        return self.characters + 4
 
 
 async def _together(coroutines):
@@ -170,21 +178,26 @@ class Swarm:
 
     question: str; policy: of the orchestrator; corpus: Corpus; log: Log — when it has events, the run goes on from them, with the
     limits in them; limits: Limits; subpolicy: of the subagents, default the same; pool: InterpreterPool, or None for no python tool;
-    slots: Slots; delegation: False for a single agent. agents: those at work, by name; critical, calls: spent so far;
+    slots: Slots; delegation: False for a single agent; system: what main is told first. agents: those at work, by name; critical, calls: spent so far;
     assigned: subtasks by (step, place) of the call; results: events by subtask. Raises SwarmError when the log is of another run.
     """
 
-    def __init__(self, question, policy, corpus, log, limits=Limits(), *, subpolicy=None, pool=None, slots=None, delegation=True):
+    def __init__(self, question, policy, corpus, log, limits=Limits(), *, subpolicy=None, pool=None, slots=None, delegation=True,
+                 system=ORCHESTRATOR):  # fmt: skip
         self.question, self.policy, self.subpolicy, self.corpus, self.log = question, policy, subpolicy or policy, corpus, log
         self.pool, self.slots, self.limits, self.delegation = pool, slots or Slots(), limits, DELEGATION if delegation else []
+        self.system = system
         self.tools = Tools(corpus, pool)
         self.agents, self.kinds, self.critical, self.calls = {}, {}, 0, 0
         self._answers, self._returned, self.assigned, self.results, self._end = {}, {}, {}, {}, None
         self._prompts = {}  # normalised → (task, name of the agent) of subtasks that run or are finished
+        self._given = Counter()  # subtasks by step
+        self._declared = len(json.dumps(self.tools.declarations))  # characters
         self._read(log.events)
 
     def _read(self, events):
         """Take over what a log says."""
+        texts = {}  # prompts of subtasks, normalised
         for event in events:
             match event:
                 case {"kind": "start"}:
@@ -198,12 +211,13 @@ class Swarm:
                 case {"kind": "create"}:
                     self.kinds[event["name"]] = event["system_prompt"]
                 case {"kind": "assign", "task": task, "agent": agent, "prompt": prompt}:
-                    self.assigned[event["step"], event["place"]] = task
-                    self._prompts[normalised(prompt)] = task, agent
+                    self.assigned[event["step"], event["place"]], texts[task] = task, normalised(prompt)
+                    self._prompts[texts[task]] = task, agent
+                    self._given[event["step"]] += 1
                 case {"kind": "result", "task": task, "status": status}:
                     self.results[task] = event
                     if status != "done":
-                        self._prompts = {text: taken for text, taken in self._prompts.items() if taken[0] != task}
+                        self._prompts.pop(texts.get(task), None)
                 case {"kind": "call"}:
                     self._returned[event["agent"], event["step"], event["place"]] = event["text"]
                     self.calls += event["ran"]
@@ -222,8 +236,9 @@ class Swarm:
         else:
             self.log.add("start", question=self.question, limits=dataclasses.asdict(self.limits), corpus=self.corpus.digest,
                          python=self.pool is not None, models=[str(self.policy), str(self.subpolicy)])  # fmt: skip
-        messages = [{"role": "system", "content": ORCHESTRATOR}, {"role": "user", "content": self.question}]
-        main = _Agent("main", messages, [*self.delegation, *self.tools.declarations], self.limits.main_steps)
+        messages = [{"role": "system", "content": self.system}, {"role": "user", "content": self.question}]
+        tools = [*self.delegation, *self.tools.declarations]
+        main = _Agent("main", messages, tools, self.limits.main_steps, len(json.dumps(tools)))
         status, text = await self._work(main)
         self.log.add("end", status=status, text=text, why=main.why)
         return Outcome(status, text, main.why)
@@ -261,7 +276,7 @@ class Swarm:
         logged = self._answers.pop((agent.name, agent.steps), None)
         if logged is not None:
             return read_message(logged, calls_before(agent.messages))
-        if len(json.dumps([sendable(agent.messages), agent.tools])) > self.limits.context:
+        if agent.measure() > self.limits.context:
             raise ContextFullError(f"more than {self.limits.context} characters")
         agent.state = "waits"
         async with self.slots.hold(agent.main):
@@ -369,12 +384,13 @@ class Swarm:
                 task, other = self._prompts[text]
                 state = "has finished; its result stands above" if task in self.results else "is at work"
                 return f"Refused: {other} was given this very task, number {task}, and {state}"
-            if sum(given == step for given, _ in self.assigned) >= self.limits.agents:
+            if self._given[step] >= self.limits.agents:
                 return f"Refused: {self.limits.agents} agents are at work, the most at once; assign it again after this step"
             if left < 1:
                 return "Refused: the critical steps that are left are needed for the answer"
             task = len(self.assigned) + 1
             self.assigned[step, place], self._prompts[text] = task, (task, kind)
+            self._given[step] += 1
             self.log.add("assign", task=task, agent=kind, prompt=prompt, step=step, place=place)
         most = min(self.limits.sub_steps, self.limits.critical_steps - self.critical - 1)
         return functools.partial(self._subtask, task, kind, prompt, most, stage)
@@ -383,7 +399,7 @@ class Swarm:
         """Run a subtask to its end. Returns what the orchestrator is told."""
         if task not in self.results:
             messages = [{"role": "system", "content": self.kinds[kind]}, {"role": "user", "content": prompt}]
-            agent = _Agent(task, messages, self.tools.declarations, most, kind)
+            agent = _Agent(task, messages, self.tools.declarations, most, self._declared, kind)
             try:
                 status, text = await self._work(agent)
                 why = {"steps": f"its {most} steps are spent", "context": f"its context is full, {agent.why}",
