@@ -3,6 +3,7 @@
     python swarm.py run --base-url http://127.0.0.1:8000/v1 --model kimi-k2.5 --corpus notes --run runs/swarm "question"
     python swarm.py run --run runs/swarm --resume …           # goes on where it was killed
     python swarm.py run --local runs/toy/model --corpus notes "question"            # a K25 in this process
+    python swarm.py trace --run runs/swarm                   # its page, trace.html, which `run` writes too when it ends
 
     outcome = await Swarm(question, policy, corpus, Log(None)).run()
 
@@ -43,7 +44,8 @@ from dataclasses import dataclass
 from corpus import Corpus, Tools, declared, misfit
 from critical import critical_steps, normalised, total_steps
 from policies import KEY_VARIABLE, ContextFullError, Endpoint, PolicyError, SwarmError, local_policy
-from swarm_log import Log, LogError, View, calls_before, episode, plain, read_message, refused, sendable
+from swarm_log import Log, LogError, View, calls_before, episode, plain, read_log, read_message, refused, sendable
+from swarm_trace import trace
 
 # ------------------------------------------------------------------------------------------- tools, limits
 
@@ -429,6 +431,13 @@ def _retune(slots, path):
         print(f"swarm.py run: {path} should hold two numbers, CAP SHARE: {error}", file=sys.stderr)
 
 
+def _write_page(events, path):
+    """Write the page of a run."""
+    from checkpoint import write_file  # here: it loads torch
+
+    write_file(path, trace(events, system=ORCHESTRATOR))
+
+
 async def _run(options, limits):
     """The command `run`. Returns the exit code."""
     folder = pathlib.Path(options.run)
@@ -461,6 +470,11 @@ async def _run(options, limits):
             outcome = await swarm.run()
         except PolicyError as error:
             raise SwarmError(f"{error}; go on later with --resume") from None
+        finally:
+            try:
+                _write_page(log.events, folder / "trace.html")
+            except (LogError, OSError) as error:
+                print(f"swarm.py run: {folder / 'trace.html'} is not written: {error}", file=sys.stderr)
         print(plain(outcome.answer, "\n"))
         steps = episode(log.events)
         status = f"{outcome.status} ({plain(outcome.why)})" if outcome.why else outcome.status
@@ -473,7 +487,11 @@ async def _run(options, limits):
 def main(arguments=None):
     """The command line. Returns the exit code: 0 with an answer, 1 when a limit ended the run, 2 for misuse or a model out of reach."""
     parser = argparse.ArgumentParser(prog="swarm.py", description=__doc__.splitlines()[0])
-    command = parser.add_subparsers(dest="command", required=True, metavar="COMMAND").add_parser("run", help="answer a question from a corpus")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    command = commands.add_parser("trace", help="write the page of a run, also of one that works or was killed")
+    command.add_argument("--run", default="runs/swarm", metavar="FOLDER", help="with the event log")
+    command.add_argument("--out", metavar="FILE", help="default trace.html in that folder")
+    command = commands.add_parser("run", help="answer a question from a corpus")
     command.add_argument("question", nargs="?", help="may be left out with --resume")
     model = command.add_mutually_exclusive_group(required=True)
     model.add_argument("--base-url", metavar="URL", help=f"of an OpenAI-compatible server, up to /v1; its key comes from {KEY_VARIABLE}")
@@ -494,6 +512,13 @@ def main(arguments=None):
     for f in dataclasses.fields(Limits):
         command.add_argument(f"--{f.name.replace('_', '-')}", type=type(f.default), help=f"limit, default {f.default}")
     options = parser.parse_args(arguments)
+    if options.command == "trace":
+        try:
+            _write_page(read_log(pathlib.Path(options.run, "events.jsonl")), options.out or pathlib.Path(options.run, "trace.html"))
+        except (ValueError, OSError) as error:
+            print(f"swarm.py trace: {error}", file=sys.stderr)
+            return 2
+        return 0
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(Limits) if getattr(options, f.name) is not None}
     try:
         if options.resume and given:
