@@ -47,7 +47,7 @@ class _Run:
     def __init__(self, events):
         self.start, self.clock = events[0], _clock(events)
         self.limits, self.end = self.start["limits"], next((event for event in events if event["kind"] == "end"), None)
-        self.answers, self.returned, self.assigned, self.results, self.prompts = {}, {}, {}, {}, {}
+        self.answers, self.returned, self.assigned, self.results, self.prompts, self.firsts = {}, {}, {}, {}, {}, {}
         for event in events:
             match event["kind"]:
                 case "answer":
@@ -58,6 +58,7 @@ class _Run:
                     self.prompts[event["name"]] = event["system_prompt"]
                 case "assign":
                     self.assigned[event["task"]] = event
+                    self.firsts.setdefault(normalised(event["prompt"]), event["task"])
                 case "result":
                     self.results[event["task"]] = event
         self.given = {(event["step"], event["place"]): task for task, event in self.assigned.items()}
@@ -146,7 +147,8 @@ def _agent(run, name, system):
         kind, prompt, why = given["agent"], given["prompt"], ""
         begin, start = run.clock[given["n"]], run.level["main", given["step"]]
         system, end = run.prompts.get(kind, ""), run.last.get(name, start)
-        again = next((str(task) for task in run.assigned if task < name and normalised(run.assigned[task]["prompt"]) == normalised(prompt)), "")
+        first = run.firsts[normalised(prompt)]
+        again = "" if first == name else str(first)
         told = run.results[name]["text"] if name in run.results else ""
     messages, boxes = _context(run, name, system, prompt)
     size = sum(len(message["text"]) + len(message.get("reasoning", "")) + sum(map(len, sum(message.get("calls", ()), []))) for message in messages)
@@ -222,10 +224,11 @@ dt { color: var(--soft); font-size: .78rem; } dd { margin: 0; font-variant-numer
 .controls label { display: inline-flex; gap: .5rem; align-items: center; } .controls input { width: 7rem; accent-color: var(--path); }
 .scroller { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; background: var(--card); margin-top: .6rem; }
 #chart { position: relative; min-width: 100%; }
-#ticks { position: relative; height: 1.6rem; margin-left: var(--label); border-bottom: 1px solid var(--line); font-size: .75rem; color: var(--soft); }
+#ticks { position: sticky; top: 0; z-index: 4; height: 1.6rem; margin-left: var(--label); background: var(--card);
+  border-bottom: 1px solid var(--line); font-size: .75rem; color: var(--soft); }
 #ticks span { position: absolute; top: .25rem; padding-left: 3px; border-left: 1px solid var(--line); white-space: nowrap; }
 #lanes { list-style: none; margin: 0; padding: 0; }
-.lane { display: flex; border-bottom: 1px solid var(--line); cursor: pointer; } .lane:last-child { border: 0; }
+.lane { display: flex; border-bottom: 1px solid var(--line); cursor: pointer; scroll-margin-top: 2rem; } .lane:last-child { border: 0; }
 .lane > button { position: sticky; left: 0; z-index: 3; flex: 0 0 var(--label); width: var(--label); padding: .3rem .6rem; background: var(--card);
   border-left: 4px solid transparent; overflow: hidden; outline-offset: -3px; }
 .lane.chosen > button { border-left-color: var(--path); background: var(--span); }
@@ -253,7 +256,7 @@ dt { color: var(--soft); font-size: .78rem; } dd { margin: 0; font-variant-numer
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1rem; font-size: .8rem; color: var(--soft); }
 .legend span { display: inline-flex; gap: .35rem; align-items: center; } .legend i { position: static; display: inline-block; width: 1.6rem; }
 .legend .span { height: 14px; }
-#path { line-height: 1.9; max-height: 12rem; overflow: auto; }
+#path { line-height: 1.9; max-height: 6.5rem; overflow: auto; }
 #path button { border-bottom: 2px solid var(--path); font-variant-numeric: tabular-nums; }
 #panel { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 0 1rem 1rem; margin-top: 1.25rem; min-width: 0; }
 #panel:focus-visible { outline: 0; border-color: var(--path); }
@@ -272,6 +275,7 @@ summary { cursor: pointer; color: var(--soft); font-size: .87rem; }
 .asked pre { margin: .1rem 0; }
 .asked b { font: 600 12.5px ui-monospace, "DejaVu Sans Mono", monospace; }
 @media (min-width: 75rem) { main { display: grid; grid-template-columns: minmax(0, 1.6fr) minmax(0, 1fr); gap: 1.5rem; align-items: start; }
+  .scroller { max-height: calc(100vh - 5rem); overflow-y: auto; }
   #panel { position: sticky; top: .75rem; max-height: calc(100vh - 1.5rem); overflow: auto; } #panel header button { display: none; } }
 @media (max-width: 45rem) { :root { --label: 0px; } body { padding: .75rem; } .controls .soft { display: none; }
   .lane { flex-direction: column; }
@@ -309,7 +313,8 @@ function header() {
   at("answer").hidden = !facts.answer;
   const card = ([name, value]) => make("div", "", make("dt", "", name), make("dd", "", String(value)));
   at("figures").append(...Object.entries(facts.figures).map(card));
-  at("limits").append(...[...facts.models.map(name => ["model", name]), ...Object.entries(facts.limits)].map(card));
+  at("limits").append(...Object.entries(facts.limits).map(card));
+  at("models").textContent = "limits; " + count(facts.models.length, "model") + ": " + facts.models.join(", ");
 }
 
 // The length of the axis, with room for a mark behind the last; the two ends of something as shares of it.
@@ -329,7 +334,7 @@ function tell(agent, box) {
 
 function lane(agent, place, width) {
   const line = make("li", "lane row " + agent.state), track = make("div", "track");
-  const about = agent.status + ", " + count(steps(agent), "step") + (agent.again && ", again " + agent.again);
+  const about = agent.status + ", " + count(steps(agent), "step") + (agent.again && ", " + agent.again + " again");
   const head = make("button", "", make("b", "", title(agent)), make("small", "", about));
   head.setAttribute("aria-label", title(agent) + ", " + about);
   head.setAttribute("aria-controls", "panel");
@@ -346,7 +351,7 @@ function lane(agent, place, width) {
     if (box.what === "call") {  // beside each other where they overlap, six deep at most
       row = rows.findIndex(taken => taken <= begin + 1e-9);
       if (row < 0) row = rows.length < 6 ? rows.length : rows.indexOf(Math.min(...rows));
-      rows[row] = Math.max(end, begin + 0.012);
+      rows[row] = Math.max(end, begin + 6 / width);
     }
     button.style.top = box.what === "call" ? 25 + 13 * row + "px" : "6px";
     button.dataset.box = number;
@@ -467,8 +472,10 @@ function show(place, message, focus) {
   const part = parts[message];
   at("panel").focus({preventScroll: true});
   if (part) part.classList.add("here");
-  if (matchMedia("(min-width: 75rem)").matches) at("panel").scrollTop = part ? part.offsetTop - 12 : 0;  // beside the lanes, else below them
-  else (part || at("panel")).scrollIntoView({block: "start"});
+  if (matchMedia("(min-width: 75rem)").matches) {  // beside the lanes, else below them
+    at("panel").scrollTop = part ? part.offsetTop - 12 : 0;
+    at("lanes").children[place].scrollIntoView({block: "nearest"});
+  } else (part || at("panel")).scrollIntoView({block: "start"});
 }
 
 function mark() {
@@ -507,31 +514,31 @@ PAGE = string.Template("""<!doctype html>
 <p id="status"></p>
 <pre id="answer" aria-label="answer"></pre>
 <dl id="figures"></dl>
-<details><summary>models and limits</summary><dl id="limits"></dl></details>
+<details><summary id="models"></summary><dl id="limits"></dl></details>
 </header>
 <noscript><p>This page needs its script; it is in this file, and nothing is loaded.</p></noscript>
 <main>
-<section aria-labelledby="timeline">
-<h2 id="timeline">Timeline</h2>
+<section>
+<h2>Critical path, <span id="path-length"></span></h2>
+<p id="path" class="row"></p>
+<h2>Timeline</h2>
 <div class="controls">
 <span class="switch" role="group" aria-label="axis">
 <button id="axis-seconds">seconds</button><button id="axis-steps">critical steps</button></span>
 <label>zoom <input id="zoom" type="range" min="1" max="20" step="0.5" value="1"></label>
 <span class="soft">↑ ↓ between lanes, ← → between boxes, Enter opens</span>
 </div>
+<p class="legend" aria-hidden="true">
+<span><i class="box critical"></i>answer on the critical path</span><span><i class="box"></i>answer</span>
+<span><i class="box call"></i>tool call</span><span><i class="box refused"></i>refused</span><span><i class="box failed"></i>failed</span>
+<span class="failed"><i class="span failed"></i>✕ failed subtask</span>
+<span class="cut"><i class="span cut"></i>⊣ cut off at a limit</span><span class="open"><i class="span open"></i>… not ended</span>
+</p>
 <div class="scroller"><div id="chart">
 <div id="ticks" aria-hidden="true"></div>
 <ul id="lanes"></ul>
 <svg id="thread" preserveAspectRatio="none" aria-hidden="true"><path></path></svg>
 </div></div>
-<p class="legend" aria-hidden="true">
-<span><i class="box critical"></i>answer on the critical path</span><span><i class="box"></i>answer</span>
-<span><i class="box call"></i>tool call</span><span><i class="box refused"></i>⊘ refused</span><span><i class="box failed"></i>✕ failed</span>
-<span class="failed"><i class="span failed"></i>failed subtask</span>
-<span class="cut"><i class="span cut"></i>⊣ cut off at a limit</span><span class="open"><i class="span open"></i>… not ended</span>
-</p>
-<h2>Critical path, <span id="path-length"></span></h2>
-<p id="path" class="row"></p>
 </section>
 <section id="panel" tabindex="-1" aria-label="an agent's context"></section>
 </main>

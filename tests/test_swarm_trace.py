@@ -337,7 +337,7 @@ def test_a_click_on_a_lane_shows_its_agent_and_the_critical_path_is_the_longest(
 @in_a_browser
 def test_a_click_on_a_box_or_a_step_of_the_path_opens_what_it_stands_for(run, browser, tmp_path):
     find = opened(browser, tmp_path, trace(run[0]))
-    find(".box.refused")[0].click()
+    find(".lane .box.refused")[0].click()
     (here,) = find("article.here")
     assert "Refused: reader was given this very task, number 1" in here.text and "assign_task" in here.text
     place, step, name = facts(run[0])["path"][2]
@@ -374,16 +374,26 @@ def test_all_of_it_is_reached_with_the_keyboard(run, browser, tmp_path):
 
     find = opened(browser, tmp_path, trace(run[0]))
     press = lambda *keys: [browser.switch_to.active_element.send_keys(key) for key in keys]  # noqa: E731
-    for _ in range(8):
-        press(Keys.TAB) if browser.switch_to.active_element.tag_name != "body" else find("body")[0].send_keys(Keys.TAB)
-        if browser.execute_script("return document.activeElement.closest('.lane') !== null"):
-            break
-    press(Keys.ARROW_DOWN, Keys.ARROW_DOWN, Keys.ENTER)
+
+    def tab_to(selector):
+        for _ in range(8):
+            press(Keys.TAB)
+            if browser.execute_script("return document.activeElement.matches(arguments[0])", selector):
+                return
+        pytest.fail(f"Tab does not come to {selector}")
+
+    tab_to("#path button")
+    press(Keys.ARROW_RIGHT, Keys.ENTER)
+    assert find("#panel h2")[0].text == "4 surveyor" and find("article.here h3")[0].text.startswith("answer 0")
+    press(Keys.ESCAPE, Keys.ARROW_UP, Keys.ARROW_UP, Keys.ENTER)
     assert find("#panel h2")[0].text == "2 reader" and browser.switch_to.active_element.get_attribute("id") == "panel"
-    press(Keys.ESCAPE, Keys.ARROW_RIGHT, Keys.ENTER)
-    assert find("article.here h3")[0].text.startswith("answer 0") and find("#panel h2")[0].text == "2 reader"
-    press(Keys.ESCAPE, Keys.TAB, Keys.ARROW_RIGHT, Keys.ENTER)  # the path is behind the lanes
-    assert find("#panel h2")[0].text != "2 reader" and "on the critical path" in find("article.here")[0].text
+    press(Keys.ESCAPE, Keys.END, Keys.ENTER)
+    assert find("article.here h3")[0].text.startswith("result of search") and find("#panel h2")[0].text == "2 reader"
+    browser.refresh()
+    tab_to("#axis-steps")
+    press(Keys.SPACE)
+    assert find("#axis-steps")[0].get_attribute("aria-pressed") == "true"
+    tab_to(".lane button")
     assert not complaints(browser)
 
 
@@ -412,9 +422,10 @@ def test_a_telephone_shows_it_without_scrolling_aside_and_letters_stand_out(run,
         send("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
         send("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-        assert find(".lane b")[3].is_displayed() and find(".box")[0].rect["width"] >= 5
+        assert find(".lane b")[3].is_displayed() and find(".lane .box")[0].rect["width"] >= 5
         colours = "const style = getComputedStyle(arguments[0]); return [style.color, style.backgroundColor]"
-        pairs = [browser.execute_script(colours, find(selector)[0]) for selector in ("body", ".box.critical", "[aria-pressed=true]", ".box.refused")]
+        marked = ("body", ".lane .box.critical", ".lane .box.refused", "[aria-pressed=true]")
+        pairs = [browser.execute_script(colours, find(selector)[0]) for selector in marked]
         pairs.append([pairs[0][0], browser.execute_script(colours, find("#panel")[0])[1]])
         for pair in pairs:
             bright, dim = sorted(map(luminance, pair), reverse=True)
