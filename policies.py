@@ -181,6 +181,10 @@ class Local:
     def __str__(self):
         return f"a K25, seed {self.handle.seed}"
 
+    def talk(self, agent="main"):
+        """The Conversation of an agent that answered in this process."""
+        return self._talks[agent][0]
+
     def rollout(self, agent="main", reward=0.0, **options):
         """The Rollout of an agent that answered in this process; options as of Handle.rollout."""
         return self.handle.rollout(self._talks[agent][0], reward, **options)

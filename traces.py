@@ -286,6 +286,8 @@ def _by_heart(task, rng):
 class Scribe:
     """Stands in the place of a rollout's Handle, and lets a writer answer."""
 
+    seed = "none: a script"
+
     def __init__(self, tokenizer, writer):
         self._tokenizer, self._writer, self._calls = tokenizer, writer, 0
 

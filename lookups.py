@@ -1,0 +1,389 @@
+"""A small world of pages to look things up in: questions, scripted agents, and a vocabulary of its words — for PARL, K2.5 report 3.
+
+    question = draw(random.Random(0), "wide", rows=4)
+    question.text            "table of colour for k27, b31, m90, t12"
+    question.pages           {"p17.md": "k27\\ncity rome\\ncolour red\\nfriend b31", "p52.md": "old k27\\n…", …}
+    question.truth           {("k27", "colour", "red"), …}: items as critical.table_items reads them off an answer
+
+Every question has pages of its own, so that nothing can be known without looking. To look up an attribute of somebody takes a
+search, which also finds outdated pages and pages of friends, and reading the right page. Kinds of questions (the report's:
+wide search, deep search, long documents, batch download):
+
+    wide       one or two attributes of several persons
+    deep       an attribute of the friend of each: two look-ups, one after the other, for every row
+    document   a mark from every part of a long document: each part is read under its name
+    download   a code from several files, of which some have moved
+    single     one attribute of one person        } with so few steps that
+    chain      that of the friend of one person   } only serial work ends in time
+
+No question says how to work. Names are a letter and a number; for held-out questions pairs of them that training never shows.
+
+`serial`, `careless`, `planned` and `aimless` answer as a swarm's orchestrator would, `look_up` as its subagents, each by a script: a
+generator of what traces.Scribe writes. The first two make the orchestrator's cold start; the others are bounds.
+
+Public names: Question, KINDS, draw, pool, serial, careless, planned, aimless, look_up, single_lookup, vocabulary, merges, QuestionError.
+Tests: pytest tests/test_lookups.py
+"""
+
+import base64
+import functools
+import json
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from checkpoint import write_file
+from critical import item_f1, table_items
+from tokenizer import Tokenizer
+
+KINDS = ("wide", "deep", "document", "download", "single", "chain")
+VALUES = {
+    "colour": ("red", "blue", "green", "pink", "gold", "grey"), "city": ("rome", "oslo", "lima", "cairo", "paris", "delhi"),
+    "food": ("rice", "bread", "soup", "corn", "eggs", "fish"), "pet": ("cat", "dog", "owl", "fox", "hen", "bee"),
+    "mark": ("oak", "elm", "fir", "ash", "bay", "yew"), "code": ("iron", "zinc", "lead", "tin", "coal", "salt"),
+}  # fmt: skip
+ATTRIBUTES = ("colour", "city", "food", "pet")  # of persons
+LETTERS = "abceghjklmnorstuvwxyz"  # p is for pages, f for files
+NUMBERS = range(10, 100)
+SYSTEM = "answer with a table"  # what the orchestrator is told first
+WORKER, ROLE = "worker", "look things up"  # the kind of subagent that scripts create
+STEPS = {"wide": 7, "deep": 11, "document": 5, "download": 6, "single": 4, "chain": 6}  # what the better way to work needs, and a little more
+STEP_LEFT = "[One step is left"  # how the runtime asks for the answer
+
+
+class QuestionError(ValueError):
+    """A question that cannot be; one line says why."""
+
+
+# -------------------------------------------------------------------------------------------- questions
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with its pages, its true items, and the critical steps that it allows."""
+
+    kind: str
+    text: str
+    pages: dict = field(repr=False)  # name → text
+    truth: frozenset  # of (row, column, value)
+    rows: tuple  # names
+    columns: tuple
+    steps: int  # budget of critical steps
+    key: str  # what was drawn, for telling contents apart
+    passing: float = 1.0  # item-F1 from which on it counts as right
+
+    def score(self, answer):
+        """r_perf: item-F1 of an answer's table. The names of the rows, which the question says, count for nothing."""
+        return item_f1({item for item in table_items(answer) if item[1] != "name"}, self.truth)
+
+    @property
+    def name(self):
+        """Its kind: as tasks.Task."""
+        return self.kind
+
+
+def _heldout(letter, number):
+    """Whether a name is for held-out questions: one in five."""
+    return (LETTERS.index(letter) + number) % 5 == 0
+
+
+def _names(rng, count, split):
+    """Different names with different numbers."""
+    numbers, names = rng.sample(NUMBERS, len(NUMBERS)), []
+    while len(names) < count:
+        number = numbers.pop()
+        names.append(f"{rng.choice([letter for letter in LETTERS if _heldout(letter, number) == (split == 'heldout')])}{number}")
+    return names
+
+
+def _person(rng, name, friend, known):
+    """A page about somebody: the title, then what is known, in any order."""
+    lines = [f"{what} {value}" for what, value in known.items()] + [f"friend {friend}"]
+    return "\n".join([name, *rng.sample(lines, len(lines))])
+
+
+def draw(rng, kind, rows=None, split="train", steps=None):
+    """A Question. rng: random.Random; rows: int, default 3 to 6, 1 for single and chain; split: "train" | "heldout"; steps: the budget of
+    critical steps, default STEPS. Raises QuestionError."""
+    if kind not in KINDS or split not in ("train", "heldout"):
+        raise QuestionError(f"kind {kind!r}, split {split!r}: one of {', '.join(KINDS)}; train or heldout")
+    alone = kind in ("single", "chain")
+    rows = rows or (1 if alone else rng.randint(3, 6))
+    if alone and rows != 1 or not 1 <= rows <= 16:
+        raise QuestionError(f"{rows} rows of kind {kind}: 1 to 16, and 1 for single and chain")
+    if kind in ("document", "download"):
+        names, columns, pages, values = _files(rng, kind, rows)
+    else:
+        names, columns, pages, values = _people(rng, kind, rows, split)
+    about = f"{columns[0]} of friend" if kind in ("deep", "chain") else ", ".join(columns)
+    text = f"table of {about} for {', '.join(names)}"
+    pages = {f"{name}.md": page for name, page in sorted(pages.items(), key=lambda _: rng.random())}
+    truth = frozenset((name, column, values[name, column]) for name in names for column in columns)
+    return Question(kind, text, pages, truth, tuple(names), tuple(columns), steps or STEPS[kind], f"{kind} {text}")
+
+
+def _people(rng, kind, rows, split):
+    """Persons, their friends, outdated pages, and a stranger."""
+    hops = kind in ("deep", "chain")
+    count = 1 + hops
+    names = _names(rng, rows * count + 2, split)
+    asked, others, stranger = names[:rows], names[rows : rows * count], names[-1]
+    columns = rng.sample(ATTRIBUTES, 2 if kind == "wide" and rows <= 3 and rng.random() < 0.5 else 1)
+    numbers, pages, values = iter(rng.sample(NUMBERS, 4 * rows * count + 8)), {}, {}
+    known = lambda: {what: rng.choice(VALUES[what]) for what in dict.fromkeys([*columns, *rng.sample(ATTRIBUTES, 2)])}  # noqa: E731
+    for place, name in enumerate([*asked, *others, names[-2]]):
+        facts = known()
+        friend = others[place] if hops and place < rows else rng.choice(names[:-1])
+        pages[f"p{next(numbers)}"] = _person(rng, name, friend if friend != name else stranger, facts)
+        if rng.random() < 0.5:
+            pages[f"p{next(numbers)}"] = _person(rng, f"old {name}", stranger, known())
+        for column in columns:
+            if name in asked and not hops:
+                values[name, column] = facts[column]
+            elif hops and name in others:
+                values[asked[others.index(name)], column] = facts[column]
+    return asked, columns, pages, values
+
+
+def _files(rng, kind, rows):
+    """Parts of a document; or files, some of which say where they have gone."""
+    column = "mark" if kind == "document" else "code"
+    first = rng.randint(1, 80)
+    names = [f"part{first + n}" for n in range(rows)] if kind == "document" else [f"f{n}" for n in rng.sample(NUMBERS, rows)]
+    spare = iter(rng.sample([n for n in NUMBERS if f"f{n}" not in names], rows))
+    pages, values = {}, {}
+    for name in names:
+        value = values[name, column] = rng.choice(VALUES[column])
+        lines = rng.sample([f"{column} {value}", f"note {rng.choice(VALUES['city'])}"], 2)
+        where = f"f{next(spare)}" if kind == "download" and rng.random() < 0.4 else name
+        if where != name:
+            pages[name] = f"{name}\nmoved {where}"
+        pages[where] = "\n".join([where, *lines])
+    return names, [column], pages, values
+
+
+def pool(number, seed, kinds=KINDS, split="train", rows=None, steps=None):
+    """Questions with different contents, the kinds in turn."""
+    return [draw(random.Random(f"{seed} {split} {n}"), kinds[n % len(kinds)], None if kinds[n % len(kinds)] in ("single", "chain") else rows, split, steps)
+            for n in range(number)]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- scripted agents
+
+# Each yields ("", content, [(tool, arguments), …]) and is sent what the tools returned, as text: see traces.Scribe.
+
+
+def _page_of(name, found):
+    """The page that a search found for a name: the one whose best line is the name itself."""
+    hit = re.search(rf"^(p\d+\.md) \([\d.]+\): {re.escape(name)}$", found, re.MULTILINE)
+    return hit[1] if hit else None
+
+
+def _value(what, page):
+    hit = re.search(rf"^{what} (\S+)$", page, re.MULTILINE)
+    return hit[1] if hit else None
+
+
+def _read(name, what, pages):
+    """A look-up by the agent itself: a generator of its calls. Returns (the value or None, whether time is up).
+
+    pages: {name: text}, of what was read before."""
+    where = f"{name}.md"
+    if not re.match(r"part|f\d", name):
+        if name in pages:
+            return _value(what, pages[name]), False
+        seen = yield "", "", [("search", {"query": name})]
+        where = _page_of(name, seen)
+        if STEP_LEFT in seen or where is None:
+            return None, STEP_LEFT in seen
+    seen = yield "", "", [("browse", {"page": where})]
+    if (moved := _value("moved", seen)) and STEP_LEFT not in seen:
+        seen = yield "", "", [("browse", {"page": f"{moved}.md"})]
+    pages[name] = seen
+    return _value(what, seen), STEP_LEFT in seen
+
+
+def table(question, values):
+    """The final answer: what is known of {(row, column): value}, a Markdown table. Rows of which nothing is known are left out."""
+    lines = [f"| name | {' | '.join(question.columns)} |", "|" + " - |" * (1 + len(question.columns))]
+    for row in question.rows:
+        cells = [values.get((row, column)) or "" for column in question.columns]
+        if any(cells):
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _steps_of(question):
+    """The look-ups that a question needs: for each (row, column) the attributes to follow, such as ("friend", "colour")."""
+    before = ("friend",) if question.kind in ("deep", "chain") else ()
+    return {(row, column): (*before, column) for row in question.rows for column in question.columns}
+
+
+def serial(question, rng=None, values=None):
+    """One agent that looks everything up by itself, in order. values: what is known already."""
+    values, pages, late = dict(values or {}), {}, False
+    for (row, column), path in _steps_of(question).items():
+        name, wanted = row, (row, column) not in values
+        for what in path if wanted and not late else ():
+            name, late = yield from _read(name, what, pages)
+            if name is None or late and what != path[-1]:
+                name = None
+                break
+        if wanted:
+            values[row, column] = name
+    yield "", table(question, values), []
+
+
+def _given(subtasks, create=True):
+    """The calls that give subtasks away."""
+    made = [("create_subagent", {"name": WORKER, "system_prompt": ROLE})] if create else []
+    return made + [("assign_task", {"agent": WORKER, "prompt": prompt}) for prompt in subtasks]
+
+
+def _told(seen):
+    """What subagents said: {(name, attribute): value}."""
+    return {(name, what): value for name, what, value in re.findall(r"^(\w+) (\w+) (\w+)$", seen, re.MULTILINE) if value != "unknown"}
+
+
+def careless(question, rng):
+    """Bad delegation, as a cold start shows it: a piece of the work, the wrong thing, the same thing twice, the whole question, or
+    nobody there to do it. Then an answer from what is known, or the work itself."""
+    row, column = rng.choice(question.rows), rng.choice(question.columns)
+    asked = f"{row} {'friend' if question.kind in ('deep', 'chain') else column}"
+    other = f"{rng.choice(question.rows)} {rng.choice(ATTRIBUTES)}"
+    given = rng.choice(([asked], [asked, asked], [question.text], [other, asked], [other]))
+    seen = yield "", "", _given(given, create=rng.random() < 0.9)
+    known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in ("deep", "chain")}
+    if rng.random() < 0.5:
+        yield "", table(question, known), []
+    else:
+        yield from serial(question, rng, known)
+
+
+def planned(question, rng=None):
+    """The best schedule: all look-ups side by side, one stage for every hop; alone where that takes fewer steps."""
+    if question.kind in ("single", "chain"):
+        yield from serial(question)
+        return
+    paths, names = _steps_of(question), {key: key[0] for key in _steps_of(question)}
+    for hop in range(len(next(iter(paths.values())))):
+        wanted = {key: f"{names[key]} {path[hop]}" for key, path in paths.items() if names[key]}
+        seen = yield "", "", _given(list(dict.fromkeys(wanted.values())), create=hop == 0)
+        told = _told(seen)
+        names = {key: told.get((names[key], path[hop])) if key in wanted else None for key, path in paths.items()}
+        if STEP_LEFT in seen:
+            break
+    yield "", table(question, {key: value for key, value in names.items() if hop == len(paths[key]) - 1}), []
+
+
+def aimless(question, rng):
+    """A random schedule: at each step either one look-up alone or a random handful of them side by side, until all are known."""
+    paths, names, made, late = _steps_of(question), {key: (key[0], 0) for key in _steps_of(question)}, False, False
+    open_ = lambda: [key for key, (name, hop) in names.items() if name and hop < len(paths[key])]  # noqa: E731
+    pages = {}
+    while open_() and not late:
+        some = rng.sample(open_(), rng.randint(1, len(open_())))
+        if rng.random() < 0.5:
+            name, hop = names[some[0]]
+            value, late = yield from _read(name, paths[some[0]][hop], pages)
+            names[some[0]] = value, hop + 1
+        else:
+            wanted = {key: f"{names[key][0]} {paths[key][names[key][1]]}" for key in some}
+            seen = yield "", "", _given(list(dict.fromkeys(wanted.values())), create=not made)
+            told, made, late = _told(seen), True, STEP_LEFT in seen
+            for key in some:
+                name, hop = names[key]
+                names[key] = told.get((name, paths[key][hop])), hop + 1
+    yield "", table(question, {key: name for key, (name, hop) in names.items() if hop == len(paths[key])}), []
+
+
+def look_up(prompt):
+    """A subagent: `k27 colour` → `k27 colour red`. What it does not understand or find is unknown."""
+    asked = re.fullmatch(r"(\w+) (\w+)", prompt)
+    if not asked:
+        yield "", "unknown", []
+        return
+    name, what = asked.groups()
+    value, _ = yield from _read(name, what, {})
+    yield "", f"{name} {what} {value or 'unknown'}", []
+
+
+def single_lookup(rng, split="train"):
+    """One look-up to train a subagent on: (prompt, pages). Some ask for what is not there."""
+    question = draw(rng, rng.choice(("wide", "deep", "document", "download")), rng.randint(1, 4), split)
+    name, what = rng.choice(question.rows), rng.choice(question.columns)
+    if question.kind in ("wide", "deep"):
+        what = rng.choice((*question.columns, "friend", rng.choice(ATTRIBUTES)))
+        name = rng.choice([page.split("\n")[0] for page in question.pages.values() if not page.startswith("old")]) if rng.random() < 0.9 else name
+        name = _names(rng, 1, split)[0] if rng.random() < 0.05 else name
+    return f"{name} {what}", question.pages
+
+
+# ------------------------------------------------------------------------------------------- vocabulary
+
+
+def merges(counts, most):
+    """Byte-pair encoding of words: the `most` merges of the commonest neighbours, in order (ties: by their bytes).
+
+    counts: {word as bytes: how often}. Returns a list of bytes, the 256 bytes first: token of each rank.
+    """
+    words = {tuple(word[i : i + 1] for i in range(len(word))): count for word, count in counts.items()}
+    tokens = [bytes([i]) for i in range(256)]
+    for _ in range(most):
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += count
+        if not pairs:
+            break
+        best = max(pairs, key=lambda pair: (pairs[pair], pair))
+        tokens.append(best[0] + best[1])
+        words = {_merged(word, best): count for word, count in words.items()}
+    return tokens
+
+
+def _merged(word, pair):
+    found, place = [], 0
+    while place < len(word):
+        joined = word[place : place + 2] == pair
+        found.append(pair[0] + pair[1] if joined else word[place])
+        place += 1 + joined
+    return tuple(found)
+
+
+def _texts():
+    """What is said in this world, names apart: every form of every word."""
+    words = ["friend", "moved", "note", "old", "unknown", "name", "part", "table", "of", "for", WORKER, *VALUES, *(v for values in VALUES.values() for v in values)]
+    forms = [form for word in words for form in (f"x {word}", f'{{"{word}', f"\n{word}")]
+    numbers = [f"k{n}, {n}" for n in range(100)] + [f'"{letter}1 {letter}2 | {letter}3' for letter in LETTERS + "pf"]
+    calls = [json.dumps({key: "k27"}, separators=(",", ":")) for key in ("query", "page", "name", "prompt")]
+    calls.append(json.dumps({"agent": WORKER, "prompt": "k27 colour"}, separators=(",", ":")))
+    calls.append(json.dumps({"name": WORKER, "system_prompt": ROLE}, separators=(",", ":")))
+    tools = [f"functions.{tool}:0" for tool in ("search", "browse", "create_subagent", "assign_task")]
+    said = [
+        SYSTEM,
+        "## Return of functions.search:1\n", "[p17.md: characters 0 to 42 of 42, the end]", "\n[One step is left: answer now.]", "worker was created",
+        "p17.md (1.23): k27", "no page has one of these words", "Refused: worker was given this very task, number 2, and is at work",
+        "Error: no agent 'worker': create it first", "and has finished; its result stands above", "Refused: 1 of these calls in one answer, at most",
+        "Error: not finished after 4 steps: its 4 steps are spent; the task may be assigned again\nIt had: ", "| k27 | red |\n| - | - |", "system\nuser\nassistant\ntool",
+    ]  # fmt: skip
+    return [*forms, *numbers, *calls * 3, *tools * 3, *said * 2]
+
+
+# How tokenizer.PATTERN cuts such texts: a word with what stands before it, a number, other signs, white space.
+_PIECES = re.compile(r"[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]{1,3}| ?[^\sA-Za-z0-9]+[\r\n]*|\s+")
+
+
+@functools.cache
+def _tokens():
+    return merges(Counter(piece.encode() for text in _texts() for piece in _PIECES.findall(text)), 1 << 20)
+
+
+def vocabulary(path):
+    """The Tokenizer of this world: its words are single tokens. path: of the ranks file, which is written if it is not there."""
+    tokens = _tokens()
+    text = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(tokens))
+    if not path.exists() or path.read_text() != text:
+        write_file(path, text)
+    return Tokenizer(len(tokens) + 256, path)

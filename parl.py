@@ -1,0 +1,313 @@
+"""PARL: an orchestrator that learns whether, when and how widely to give work away; its subagents are frozen — K2.5 report 3.
+
+    subagent (SFT on single look-ups, once)  ──frozen──┐
+    cold start (serial work, a little bad delegation)  │
+        → Swarm on a question of lookups.py, within its budget of critical steps  → tokens of the orchestrator, reward
+        → policy objective of rl.py → MuonClip
+
+    r = λ1·r_parallel + λ2·r_finish + r_perf                        critical.py; λ annealed to 0
+
+The policy sees tools and questions; no prompt and no trace shows a good decomposition. What subagents say are observations:
+they are sampled by another, smaller model, whose tokens are in no rollout and whose weights never change (`Frozen.check`).
+An agent's own calls come one per answer, in the single agent as in the swarm: what is to run side by side must be given away.
+
+Public names: PARLError, SIZES, build, train_subagent, lookup_documents, cold_start, Frozen, SwarmEnvironment, Record, Shaping,
+answer_all, score_lookups.     Tests: pytest tests/test_parl.py
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import random
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+import lookups
+from corpus import Corpus
+from critical import critical_steps, finish_reward, normalised, parallel_reward, redundancy, reward, total_steps
+from data import Encoded
+from engine import Engine
+from k25 import K25, K25Config
+from policies import Local
+from rl import sample_groups
+from rollout import Handle, RolloutManager, Sampling, derive
+from sft import SFTConfig, finetune
+from swarm import Limits, Slots, Swarm
+from swarm_log import Log, episode, refused
+from traces import Scribe
+
+SUB_STEPS = 5  # of a subagent, per subtask
+SIZES = {  # beside preset "toy"; the tower, which sees nothing here, is as small as it gets
+    "orchestrator": {"hidden_size": 128, "num_hidden_layers": 3},
+    "small": {"hidden_size": 64, "num_hidden_layers": 2},
+    "large": {"hidden_size": 96, "num_hidden_layers": 3},
+}
+TOWER = {"vt_hidden_size": 16, "vt_num_attention_heads": 2, "vt_num_hidden_layers": 1, "vt_intermediate_size": 16}
+
+
+class PARLError(ValueError):
+    """Settings or checkpoints that cannot be; one line says why."""
+
+
+# ------------------------------------------------------------------------------------------------ models
+
+
+def build(size, tokenizer, seed):
+    """A K25 with new weights. size: a key of SIZES; tokenizer: that of lookups.vocabulary."""
+    width, toy = SIZES[size]["hidden_size"], K25Config.preset("toy")
+    torch.manual_seed(seed)
+    return K25(dataclasses.replace(
+        toy, vocab_size=tokenizer.vocab_size, intermediate_size=2 * width, moe_intermediate_size=width // 2, q_lora_rank=width // 2,
+        kv_lora_rank=width // 2, qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=8, initializer_range=0.04, max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad, media_placeholder_token_id=tokenizer.media_pad,
+        vision=dataclasses.replace(toy.vision, text_hidden_size=width, mm_hidden_size=None, **TOWER), **SIZES[size]))  # fmt: skip
+
+
+def encoded(talk, source):
+    """A scripted conversation as a document: loss on what the script said."""
+    return Encoded(tuple(talk.ids), tuple(map(bool, talk.generated)), (), source, "text")
+
+
+class _Scripted:
+    """A policy of subagents that are scripts."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.talks = tokenizer, {}
+
+    async def answer(self, messages, tools, agent):
+        if agent not in self.talks:
+            self.talks[agent] = Local(Scribe(self.tokenizer, lookups.look_up(messages[1]["content"])), declare=False)
+        return await self.talks[agent].answer(messages, tools, agent)
+
+
+# --------------------------------------------------------------------------------------------- subagents
+
+
+def lookup_documents(number, tokenizer, seed, split="train"):
+    """Conversations of single look-ups, by script over real searches: what a subagent is trained on."""
+
+    async def one(index):
+        rng = random.Random(f"{seed} {split} {index}")
+        prompt, pages = lookups.single_lookup(rng, split)
+        policy = Local(Scribe(tokenizer, lookups.look_up(prompt)), declare=False)
+        swarm = Swarm(prompt, policy, Corpus.of(pages), Log(None), _limits(SUB_STEPS), delegation=False, system=lookups.ROLE)
+        await swarm.run()
+        return encoded(policy.talk("main"), "look-up")
+
+    async def every():
+        return [await one(index) for index in range(number)]
+
+    return asyncio.run(every())
+
+
+def train_subagent(size, tokenizer, documents, steps, seed):
+    """SFT of a new model on look-ups. Yields (model, StepResult) of each step."""
+    model = build(size, tokenizer, seed)
+    for result in finetune(model, documents, SFTConfig(steps, rows=8, length=384, lr=6e-3, adamw_lr=4e-3), tokenizer, seed):
+        yield model, result
+
+
+class Frozen:
+    """A checkpoint that answers as subagents and is never trained: its own engine, its own weights, no gradient.
+
+    model: K25; tokenizer; temperature: of its answers. `check` raises PARLError when a parameter has changed or has a gradient.
+    """
+
+    def __init__(self, model, tokenizer, temperature=1.0, slots=128, capacity=320):
+        self.model = model.requires_grad_(False)
+        self.manager = RolloutManager(Engine(model, slots, capacity), None, tokenizer, Sampling(40, temperature))
+        self.digest = self._digest()
+
+    def _digest(self):
+        found = hashlib.sha256()
+        for name, parameter in self.model.state_dict().items():
+            found.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def check(self):
+        """That nothing has touched it."""
+        if any(parameter.grad is not None or parameter.requires_grad for parameter in self.model.parameters()):
+            raise PARLError("a subagent's parameter has a gradient: it must be frozen")
+        if self._digest() != self.digest or self.manager.engine.version:
+            raise PARLError("the subagents' weights have changed: they must be frozen")
+
+    def policy(self, seed):
+        """A policy for one run, with draws of its own."""
+        return Local(Handle(self.manager, "subagent", derive(seed, "subagents"), 0, 0), declare=False)
+
+
+# ------------------------------------------------------------------------------------------- cold start
+
+
+def _limits(steps):
+    return Limits(critical_steps=steps, main_steps=steps, sub_steps=SUB_STEPS, own_calls=1)
+
+
+def cold_start(number, tokenizer, seed, delegating=0.06, kinds=lookups.KINDS):
+    """Conversations to begin with: serial work, and for a share of them careless delegation. Documents for `sft.finetune`.
+
+    Budgets are those of the questions, or for half of them such that serial work ends."""
+
+    async def one(index):
+        rng = random.Random(f"{seed} cold {index}")
+        kind = rng.choice(kinds)
+        question = lookups.draw(rng, kind, None if kind in ("single", "chain") else rng.choice((1, 1, 2, 2, 3, 3, 4, 5, 6)), steps=rng.choice((None, 20)))
+        writer = (lookups.careless if rng.random() < delegating else lookups.serial)(question, rng)
+        policy = Local(Scribe(tokenizer, writer), declare=False)
+        await Swarm(question.text, policy, Corpus.of(question.pages), Log(None), _limits(question.steps), subpolicy=_Scripted(tokenizer),
+                    system=lookups.SYSTEM).run()  # fmt: skip
+        return encoded(policy.talk("main"), f"{kind} trace")
+
+    async def every():
+        return [await one(index) for index in range(number)]
+
+    return asyncio.run(every())
+
+
+# ------------------------------------------------------------------------------------------ environment
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """What is added to r_perf, and the controls of the experiments."""
+
+    first: float = 0.5  # λ1 at the beginning, of r_parallel
+    second: float = 0.5  # λ2, of r_finish
+    enough: int = 4  # distinct subtasks side by side that r_parallel asks for
+    annealed: bool = True  # to two fifths in the middle of training and 0 at its end
+    shuffled: bool = False  # control: subagents return results of another subtask
+
+    def knots(self):
+        """(progress, λ1, λ2) for critical.lambdas."""
+        if not self.annealed:
+            return ((0.0, self.first, self.second), (1.0, self.first, self.second))
+        return ((0.0, self.first, self.second), (0.5, 0.4 * self.first, 0.4 * self.second), (1.0, 0.0, 0.0))
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one episode came to."""
+
+    key: str
+    kind: str
+    seed: int
+    performance: float  # item-F1
+    critical: int
+    total: int
+    given: int  # subtasks
+    width: int  # most distinct subtasks side by side
+    finished: float  # r_finish
+    parallel: float  # r_parallel
+    redundant: float
+    refused: int
+    status: str
+    time: float  # on the virtual clock: see `virtual_time`
+
+
+class SwarmEnvironment:
+    """Lets a policy orchestrate: what a RolloutManager takes. Only the orchestrator's conversation becomes a Rollout.
+
+    frozen: Frozen, or None for a single agent without delegation; shaping: Shaping; progress: of training, 0…1, moved by whoever
+    trains; steps: overrides the questions' budgets. `take` hands out the Records since the last call.
+    """
+
+    def __init__(self, frozen, shaping=Shaping(), steps=None):
+        self.frozen, self.shaping, self.steps, self.progress, self._heard = frozen, shaping, steps, 0.0, []
+
+    async def rollout(self, question, handle, seed):
+        """One episode of a Question."""
+        policy, log = Local(handle, declare=False), Log(None)
+        subpolicy = self.frozen.policy(seed) if self.frozen else None
+        if subpolicy and self.shaping.shuffled:
+            subpolicy = _Shuffled(subpolicy, question, seed)
+        swarm = Swarm(question.text, policy, Corpus.of(question.pages), log, _limits(self.steps or question.steps), subpolicy=subpolicy,
+                      slots=Slots(1 << 20, 0.5), delegation=self.frozen is not None, system=lookups.SYSTEM)  # fmt: skip
+        outcome = await swarm.run()
+        stages, performance = episode(log.events), question.score(outcome.answer) if outcome.status == "done" else 0.0
+        value = reward(stages, performance, self.progress, self.shaping.enough, self.shaping.knots())
+        width = max((len({normalised(subtask.prompt) for subtask in stage.subtasks}) for stage in stages), default=0)
+        self._heard.append(Record(
+            question.key, question.kind, seed, performance, critical_steps(stages), total_steps(stages), len(swarm.assigned), width,
+            finish_reward(stages), parallel_reward(stages, self.shaping.enough), redundancy(stages), refused(log.events), outcome.status,
+            virtual_time(log.events)))  # fmt: skip
+        return policy.rollout("main", value)
+
+    def take(self):
+        """Records since the last call, in an order that does not depend on who ended first."""
+        heard, self._heard = sorted(self._heard, key=lambda r: (r.key, r.seed)), []
+        return heard
+
+
+class _Shuffled:
+    """A control: every subagent is given another look-up than the one it was assigned."""
+
+    def __init__(self, policy, question, seed):
+        self.policy, self.question, self.rng = policy, question, random.Random(seed)
+        self._instead = {}
+
+    def __str__(self):
+        return f"{self.policy}, shuffled"
+
+    async def answer(self, messages, tools, agent):
+        asked = messages[1]["content"]
+        if agent not in self._instead:
+            names = [page.split("\n")[0] for page in self.question.pages.values()]
+            self._instead[agent] = f"{self.rng.choice(names)} {asked.rpartition(' ')[2]}"
+        changed = [messages[0], messages[1] | {"content": self._instead[agent]}, *messages[2:]]
+        return await self.policy.answer(changed, tools, agent)
+
+
+TOKEN, CALL = 0.02, 0.5  # seconds of the virtual clock: to write a token, to wait for a tool
+
+
+def virtual_time(events):
+    """Seconds that a run would take where a token takes 0.02 s and a tool call 0.5 s, subagents side by side without waiting.
+
+    The longest path through answers and calls, each answer weighing its tokens and, if it calls, one wait."""
+    ends, stage, stage_end = {}, {}, 0.0  # of each agent: when its last answer and its calls were done
+    given = {event["task"]: event["step"] for event in events if event["kind"] == "assign"}
+    step_ends, last = {}, 0.0
+    for event in events:
+        if event["kind"] != "answer":
+            continue
+        agent, message = event["agent"], event["message"]
+        took = TOKEN * len(message.get("sampled", {}).get("ids", ())) + CALL * bool(message.get("tool_calls"))
+        if agent == "main":
+            waited = max((ends[task] for task, step in given.items() if step == event["step"] - 1 and task in ends), default=0.0)
+            last = max(last, waited) + took
+            step_ends[event["step"]] = last
+        else:
+            ends[agent] = ends.get(agent, step_ends[given[agent]]) + took
+    return last
+
+
+def answer_all(model, environment, questions, tokenizer, seed, samples=1, slots=64, capacity=1024, max_new_tokens=400, temperature=1.0):
+    """Let a model answer questions. Returns the Records, `samples` for each question, in the order of the questions."""
+    groups = sample_groups(model, environment, questions, tokenizer, samples, seed, slots=slots, capacity=capacity,
+                           sampling=Sampling(max_new_tokens, temperature))  # fmt: skip
+    heard = {(record.key, record.seed): record for record in environment.take()}
+    found = []
+    for question, group in zip(questions, groups):
+        for rollout in group:
+            if (question.key, rollout.info.seed) not in heard:
+                raise PARLError(f"an episode failed: {rollout.info.reason}")
+            found.append(heard[question.key, rollout.info.seed])
+    return found
+
+
+def score_lookups(frozen, number, tokenizer, seed, split="heldout"):
+    """(share right, mean steps) of single look-ups by frozen subagents."""
+    asked = [lookups.single_lookup(random.Random(f"{seed} {split} score {n}"), split) for n in range(number)]
+
+    async def one(index, prompt, pages):
+        policy, log = frozen.policy(derive(seed, index)), Log(None)
+        swarm = Swarm(prompt, policy, Corpus.of(pages), log, _limits(SUB_STEPS), slots=Slots(1 << 20, 0.5), delegation=False, system=lookups.ROLE)
+        script = Local(Scribe(tokenizer, lookups.look_up(prompt)), declare=False)
+        wanted = await Swarm(prompt, script, Corpus.of(pages), Log(None), _limits(SUB_STEPS), delegation=False, system=lookups.ROLE).run()
+        outcome = await swarm.run()
+        return outcome.answer == wanted.answer, critical_steps(episode(log.events))
+
+    found = frozen.manager.engine.run(*(one(index, *pair) for index, pair in enumerate(asked)))
+    return statistics.fmean(right for right, _ in found), statistics.fmean(steps for _, steps in found)
