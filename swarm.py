@@ -240,7 +240,7 @@ class Swarm:
         if self.log.events:
             self.log.add("resume")
         else:
-            self.log.add("start", question=self.question, limits=dataclasses.asdict(self.limits), corpus=self.corpus.digest,
+            self.log.add("start", question=self.question, system=self.system, limits=dataclasses.asdict(self.limits), corpus=self.corpus.digest,
                          python=self.pool is not None, models=[str(self.policy), str(self.subpolicy)])  # fmt: skip
         messages = [{"role": "system", "content": self.system}, {"role": "user", "content": self.question}]
         tools = [*self.delegation, *self.tools.declarations]
@@ -450,7 +450,7 @@ def _write_page(events, path):
     """Write the page of a run."""
     from checkpoint import write_file  # here: it loads torch
 
-    write_file(path, trace(events, system=ORCHESTRATOR))
+    write_file(path, trace(events))
 
 
 async def _run(options, limits):

@@ -7,7 +7,7 @@
 A line is on the disk before anything follows from it. A last line that was cut short counts as never written. Kinds of events, each
 with its number `n` and the time `at` in seconds since 1970:
 
-    start     question, limits, corpus (its digest), python (whether there is that tool), models: once
+    start     question, system (its prompt), limits, corpus (its digest), python (whether there is that tool), models: once
     answer    agent, step, message, seconds: a model answered; one step. agent is "main" or the number of a subtask, from 1
     create    name, system_prompt: a kind of subagent
     assign    task, agent, prompt, step, place: subtask `task` was given away by call `place` of that step of main

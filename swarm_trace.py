@@ -136,12 +136,12 @@ def _context(run, name, system, prompt):
     return messages, boxes
 
 
-def _agent(run, name, system):
+def _agent(run, name):
     """What the page shows of one agent, a dict; begin and end in seconds, from and to in critical steps."""
     second, status = run.ended(name)
     if name == "main":
         kind, prompt, begin, start, again, told = "", run.start["question"], 0.0, 0, "", ""
-        why, end = run.end["why"] if run.end else "", max(run.level.values(), default=0)
+        system, why, end = run.start["system"], run.end["why"] if run.end else "", max(run.level.values(), default=0)
     else:
         given = run.assigned[name]
         kind, prompt, why = given["agent"], given["prompt"], ""
@@ -156,21 +156,21 @@ def _agent(run, name, system):
             "begin": begin, "end": second, "from": start, "to": end, "size": size, "messages": messages, "boxes": boxes}  # fmt: skip
 
 
-def facts(events, rewards=None, system=""):
+def facts(events, rewards=None):
     """All that the page shows, a dict that JSON can hold.
 
-    events: list of dicts, of a Log or read_log; rewards: {name: number}, shown beside those of the log's end; system: the orchestrator's
-    system prompt, which the log does not hold. Raises LogError when the events are not those of a run.
+    events: list of dicts, of a Log or read_log; rewards: {name: number}, shown beside those of the log's end.
+    Raises LogError when the events are not those of a run.
     """
     if not events or events[0]["kind"] != "start":
         raise LogError("the log has no run: its first event is not a start")
     try:
-        return _facts(_Run(events), events, rewards or {}, system)
+        return _facts(_Run(events), events, rewards or {})
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise LogError(f"the events are not those of a swarm: {type(error).__name__} {error}") from error
 
 
-def _facts(run, events, rewards, system):
+def _facts(run, events, rewards):
     end, stages = run.end or {}, episode(events)
     critical, total = critical_steps(stages), total_steps(stages)
     measured = {key: value for key, value in end.items() if type(value) in (int, float) and key not in ("n", "at")}
@@ -180,7 +180,7 @@ def _facts(run, events, rewards, system):
         "r_parallel": parallel_reward(stages), "r_finish": finish_reward(stages), "redundancy": redundancy(stages), **measured, **rewards,
     }  # fmt: skip
     shown = {key: "not known" if value != value else f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in figures.items()}
-    agents = [_agent(run, name, system) for name in ("main", *sorted(run.assigned))]
+    agents = [_agent(run, name) for name in ("main", *sorted(run.assigned))]
     places = {agent["name"]: place for place, agent in enumerate(agents)}
     return {
         "question": run.start["question"], "status": end.get("status", "unfinished"), "state": agents[0]["state"], "why": agents[0]["why"],
@@ -554,8 +554,8 @@ def _hash(text):
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def trace(events, rewards=None, system=""):
+def trace(events, rewards=None):
     """The page, str; arguments as of `facts`. Raises LogError."""
-    told = json.dumps(facts(events, rewards, system), allow_nan=False).replace("<", "\\u003c")
+    told = json.dumps(facts(events, rewards), allow_nan=False).replace("<", "\\u003c")
     policy = f"default-src 'none'; script-src {_hash(SCRIPT)}; style-src {_hash(STYLE)}; base-uri 'none'; form-action 'none'"
     return PAGE.substitute(policy=policy, style=STYLE, facts=told, script=SCRIPT)

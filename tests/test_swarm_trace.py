@@ -154,7 +154,7 @@ class Erring(Scripted):
 )
 def test_a_context_is_word_for_word_what_the_agent_was_sent(kind, limits, statuses):
     policy = kind()
-    told = facts(play(policy, **limits), system=ORCHESTRATOR)
+    told = facts(play(policy, **limits))
     assert {agent["status"] for agent in told["agents"]} == statuses
     for agent in told["agents"]:
         last = sent(policy.seen[agent["name"]])
@@ -162,7 +162,6 @@ def test_a_context_is_word_for_word_what_the_agent_was_sent(kind, limits, status
         rest = shown(agent)[len(last) :]
         if agent["status"] in ("done", "garbage"):  # the last answer, which nobody was sent
             assert [role for role, *_ in rest] == ["assistant"]
-    assert ORCHESTRATOR not in json.dumps(facts(play(policy, **limits)))  # the log does not hold it
 
 
 def test_the_critical_path_is_the_longest_and_every_answer_stands_behind_those_that_it_waits_for(run):
@@ -232,13 +231,13 @@ def test_a_run_writes_its_page_when_it_ends_and_when_its_model_is_gone_and_the_c
     log, page = tmp_path / "run" / "events.jsonl", tmp_path / "run" / "trace.html"
     monkeypatch.setattr(policy, "main", lambda *_: (_ for _ in ()).throw(PolicyError("nobody answers")))
     assert command.main([*words, QUESTION]) == 2
-    assert page.read_text() == trace(read_log(log), system=ORCHESTRATOR) and '"status": "unfinished"' in page.read_text()
+    assert page.read_text() == trace(read_log(log)) and '"status": "unfinished"' in page.read_text()
     monkeypatch.undo()
     monkeypatch.setattr(command, "local_policy", lambda *_: policy)
     assert command.main([*words, "--resume"]) == 0
     assert '"status": "done"' in page.read_text()
     assert command.main(["trace", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "other.html")]) == 0
-    assert (tmp_path / "other.html").read_text() == page.read_text() == trace(read_log(log), system=ORCHESTRATOR)
+    assert (tmp_path / "other.html").read_text() == page.read_text() == trace(read_log(log))
     page.unlink()
     assert command.main(["trace", "--run", str(tmp_path / "run")]) == 0 and page.is_file()
     capsys.readouterr()
@@ -317,7 +316,7 @@ def complaints(browser):
 @in_a_browser
 def test_a_click_on_a_lane_shows_its_agent_and_the_critical_path_is_the_longest(run, browser, tmp_path):
     events, _ = run
-    find = opened(browser, tmp_path, trace(events, system=ORCHESTRATOR))
+    find = opened(browser, tmp_path, trace(events))
     assert find("#path")[0].text == " → ".join(named(step) for step in longest_path(step_graph(events)))
     assert find("#question")[0].text == QUESTION and "done" in find("#status")[0].text
     lanes = find(".lane")
