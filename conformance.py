@@ -31,6 +31,7 @@ import ops_media
 import ops_rewards
 import ops_rl
 import ops_rope
+import ops_swarm
 import ops_text
 import ops_toggle
 import ops_training
@@ -40,7 +41,7 @@ from op import Difference, Op, cast, compare, describe
 from patterns import pattern, shape_pattern
 
 _MODULES = (ops_attention, ops_rope, ops_experts, ops_int4, ops_training, ops_media, ops_vision, ops_text, ops_rl, ops_toggle,
-            ops_rewards)  # fmt: skip
+            ops_rewards, ops_swarm)  # fmt: skip
 OPS: dict[str, Op] = {op.name: op for module in _MODULES for op in module.OPS}
 
 MOST_EXAMPLES = 25

@@ -220,6 +220,36 @@ EXERCISES = (
          "phase = iteration // period % 2, and the budget binds in phase 0. A prompt without a correct response has the budget "
          "∞. For fine-tuning sort by (−reward, length, index), then skip what is full or already taken."),
     ),
+    Exercise(
+        "critical_steps", "Critical steps", ("critical_steps",), 20,
+        "Measure the time of work side by side in steps of a model, not in seconds and not in work.",
+        "It is the budget of a swarm: one main step with three subtasks of ten steps costs 11 and not 31.",
+        ("Work the example by hand, then one with two stages: does yours wait after the first of them?",
+         "A maximum per stage, a sum over the stages; the orchestrator waits for its subagents and does not work beside them.",
+         "Which subtasks count? All that were given, also those that failed, and nothing else: elsewhere steps may hold anything. "
+         "The maximum of a stage without subtasks is 0, and its own steps still count."),
+    ),
+    Exercise(
+        "parl", "The reward of an orchestrator", ("item_f1", "parl_reward"), 60,
+        "Pay for parallel work and for finished work early in training, and for the answer alone in the end.",
+        "Each part can be gamed: by nothing given away, by the same thing given away twice, by an answer nobody judged.",
+        ("What does an agent earn that gives nothing away, or the same subtask four times? What becomes of NaN?",
+         "Both parts count different subtasks only: r_parallel those of the widest stage, r_finish those that were finished, divided "
+         "by all that were given, repetitions included.",
+         "Go through the stages with the set of prompts that were finished before: different are a stage's prompts less that set, and "
+         "earned are its finished prompts less that set. λ1 and λ2 are straight between two knots and constant beyond the ends; the "
+         "performance has the weight 1, and stays NaN when it is."),
+    ),
+    Exercise(
+        "swarm", "Which tokens of a swarm learn", ("swarm_advantages",), 30,
+        "Give an episode's advantage to the tokens that the orchestrator sampled, and to no others.",
+        "A mask that is too wide trains the orchestrator to imitate its tools and its subagents, and no error is raised.",
+        ("For one episode write down who wrote each token, and in whose context it stands. Which were sampled by the model in training?",
+         "Two conditions: written by the orchestrator and standing in its own context. What a subagent returns fails the first, a "
+         "prompt that was given away fails the second where it stands in the subagent's context.",
+         "advantage = reward less the mean over the valid episodes of the same prompt, each counted once however many agents it has; "
+         "torch.where and not a product, because the reward of an invalid episode may be NaN. N counts trained tokens of valid episodes."),
+    ),
 )  # fmt: skip
 
 
