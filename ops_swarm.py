@@ -362,10 +362,10 @@ def swarm_advantages(rewards, groups, valid, context, writer):
     advantages, number = torch.zeros(context.shape, dtype=rewards.dtype), 0
     for j in range(len(rewards)):
         peers = [rewards[k] for k in range(len(rewards)) if groups[k] == groups[j] and valid[k]]
-        for place in range(context.shape[1]):
-            if valid[j] and context[j, place] == 0 and writer[j, place] == 0:
-                advantages[j, place] = rewards[j] - sum(peers) / len(peers)
-                number += 1
+        own = (context[j] == 0) & (writer[j] == 0)  # (L,)
+        if valid[j]:
+            advantages[j, own] = rewards[j] - sum(peers) / len(peers)
+            number += int(own.sum())
     return advantages, torch.tensor(number)
 
 

@@ -164,13 +164,75 @@ BY_HAND = {
             cut = int(seconds % 1 * 1000)
             return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}.{cut:03d}"
     ''',
+    "critical_steps": '''
+        def critical_steps(main, steps, given, finished):
+            return (main + F.pad(steps * given, (0, 1)).amax(1)).sum()
+    ''',
+    "parl": '''
+        def item_f1(given, truth):
+            if truth is None:
+                return float("nan")
+            a, b = given.unique().tolist(), truth.unique().tolist()
+            return 2 * len([x for x in a if x in b]) / (len(a) + len(b)) if a + b else 1.0
+        def parl_reward(prompts, given, finished, performance, progress, enough, knots):
+            won, widest, earned = [], 0, 0
+            for stage in range(len(prompts)):
+                tried = {}
+                for prompt, over in zip(prompts[stage][given[stage]].tolist(), finished[stage][given[stage]].tolist()):
+                    if prompt not in won:
+                        tried[prompt] = tried.get(prompt, False) or over
+                won += [prompt for prompt in tried if tried[prompt]]
+                widest, earned = max(widest, len(tried)), earned + sum(tried.values())
+            parallel, finish = min(widest / enough, 1), earned / max(int(given.sum()), 1)
+            at = knots[:, 0]
+            k = int((at <= progress).sum().clamp(1, len(at) - 1))
+            share = ((progress - at[k - 1]) / (at[k] - at[k - 1])).clamp(0, 1)
+            first, second = (knots[k - 1, 1:] + share * (knots[k] - knots[k - 1])[1:]).tolist()
+            return first * parallel + second * finish + performance.item(), float(parallel), finish, first, second
+    ''',
+    "swarm": '''
+        def swarm_advantages(rewards, groups, valid, context, writer):
+            mine = (context == 0) & (writer == 0) & valid[:, None]
+            known = torch.where(valid, rewards, 0)
+            sums = torch.zeros(9).to(rewards).index_add(0, groups, known)
+            counts = torch.zeros(9).to(rewards).index_add(0, groups, valid.to(rewards)).clamp(min=1)
+            return torch.where(mine, (known - (sums / counts)[groups])[:, None], 0), mine.sum()
+    ''',
 }
+
+# A lesson, the words of BY_HAND that somebody writes differently, and the mistake that is.
+WRONG = [
+    ("critical_steps", ".amax(1)", ".sum(1)", "subtasks side by side are added up"),
+    ("critical_steps", "steps * given", "steps * given * finished", "subtasks that failed are left out"),
+    ("critical_steps", "(main + F.pad(steps * given, (0, 1)).amax(1)).sum()",
+     "main.sum() + (steps * given).max() if steps.numel() else main.sum()", "one maximum over all stages"),
+    ("parl", "else 1.0", "else 0.0", "two empty sets score 0"),
+    ("parl", 'float("nan")', "0.0", "an unknown truth scores 0"),
+    ("parl", "earned / max(int(given.sum()), 1)", "earned / int(given.sum()) if given.any() else 1.0", "r_finish is 1 when nothing"),
+    ("parl", "performance.item()", "performance.nan_to_num().item()", "an unknown performance counts as 0"),
+    ("parl", "won += [prompt for prompt in tried if tried[prompt]]", "won += tried", "what failed and is given again counts"),
+    ("swarm", "(writer == 0)", "(writer >= 0)", "what subagents return to the orchestrator is trained"),
+    ("swarm", "(context == 0) & ", "", "is trained again where it is a subagent's prompt"),
+    ("swarm", "(sums / counts)[groups]", "known.sum() / valid.sum()", "the baseline is the mean of the batch"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_a_solution_written_by_hand_is_worth_100(grade, name):
     result = grade(name, HEAD + textwrap.dedent(BY_HAND[name]))
     assert result.points() == 100, texts(result, 3)
+
+
+@pytest.mark.parametrize("name, right, wrong, mistake", WRONG, ids=[f"{name}-{mistake}" for name, *_, mistake in WRONG])
+def test_a_common_mistake_of_the_swarm_costs_its_points_and_no_others(grade, name, right, wrong, mistake):
+    text = HEAD + textwrap.dedent(BY_HAND[name])
+    assert text.count(right) == 1
+    result = grade(name, text.replace(right, wrong), 20)
+    avoided = [title for title in lost(result) if title.startswith("avoids")]
+    assert len(avoided) == 1 and mistake in avoided[0], avoided
+    assert {title.split()[0] for title in lost(result)} == {"avoids:", "values"} and 30 < result.points() < 99
+    assert len({p.op for p in result.properties if p.earned < 1}) == 1
+    assert mistake in texts(result, 2) and mistake not in texts(result, 1)
 
 
 def test_a_known_mistake_costs_its_property_and_the_inputs_on_which_it_shows(grade):
