@@ -351,7 +351,8 @@ def report(told):
               f"{GOALS['kilobytes']}, {_judged(last['median']['resident'] < GOALS['kilobytes'])}.", ""]  # fmt: skip
     if f:
         interval = "" if f["low"] is None else f" (95 %: {f['low']:+.3f} … {f['high']:+.3f})"
-        lines += [f"Overhead of a step ∝ agents^{f['exponent']:+.3f}{interval}, {f['points']} points from {f['from']:,} on; to reach: 0.", ""]
+        judged = "" if f["low"] is None else f"; to reach: no growth, {_judged(f['low'] <= 0)}"
+        lines += [f"Overhead of a step ∝ agents^{f['exponent']:+.3f}{interval}, {f['points']} points from {f['from']:,} on{judged}.", ""]
     lines += ["![tasks per second, memory and overhead over the number of agents](scale.png)"]
     if rows := told["live"]:
         lines += ["", "## A model", "", f"{rows[0]['agents']} subagents in one engine of as many slots, answers of at most "
