@@ -1,9 +1,9 @@
 """A small world of pages to look things up in: questions, scripted agents, and a vocabulary of its words — for PARL, K2.5 report 3.
 
     question = draw(random.Random(0), "wide", rows=4)
-    question.text            "table of colour for k27, b31, m90, t12"
+    question.text            "table of colour for 1 k27, 2 b31, 3 m90, 4 t12"
     question.pages           {"p17.md": "k27\\ncity rome\\ncolour red\\nfriend b31", "p52.md": "old k27\\n…", …}
-    question.truth           {("k27", "colour", "red"), …}: items as critical.table_items reads them off an answer
+    question.truth           {("1 k27", "colour", "red"), …}: items as critical.table_items reads them off an answer
 
 Every question has pages of its own, so that nothing can be known without looking. To look up an attribute of somebody takes a
 search, which also finds outdated pages and pages of friends, and reading the right page. Kinds of questions (the report's:
@@ -117,9 +117,10 @@ def draw(rng, kind, rows=None, split="train", steps=None):
     else:
         names, columns, pages, values = _people(rng, kind, rows, split)
     about = f"{columns[0]} of friend" if kind in ("deep", "chain") else ", ".join(columns)
-    text = f"table of {about} for {', '.join(names)}"
+    labels = [f"{place} {name}" for place, name in enumerate(names, 1)]
+    text = f"table of {about} for {', '.join(labels)}"
     pages = {f"{name}.md": page for name, page in sorted(pages.items(), key=lambda _: rng.random())}
-    truth = frozenset((name, column, values[name, column]) for name in names for column in columns)
+    truth = frozenset((label, column, values[name, column]) for label, name in zip(labels, names) for column in columns)
     return Question(kind, text, pages, truth, tuple(names), tuple(columns), steps or STEPS[kind], f"{kind} {text}")
 
 
@@ -185,32 +186,39 @@ def _value(what, page):
     return hit[1] if hit else None
 
 
-def _read(name, what, pages):
+def _read(name, what, pages, lines):
     """A look-up by the agent itself: a generator of its calls. Returns (the value or None, whether time is up).
 
-    pages: {name: text}, of what was read before."""
+    pages: {name: text}, of what was read before; lines: what is to be said with the next call, emptied then."""
     where = f"{name}.md"
+    if name in pages:
+        return _value(what, pages[name]), False
     if not re.match(r"part|f\d", name):
-        if name in pages:
-            return _value(what, pages[name]), False
-        seen = yield "", "", [("search", {"query": name})]
+        seen = yield "", _said(lines), [("search", {"query": name})]
         where = _page_of(name, seen)
         if STEP_LEFT in seen or where is None:
             return None, STEP_LEFT in seen
-    seen = yield "", "", [("browse", {"page": where})]
+    seen = yield "", _said(lines), [("browse", {"page": where})]
     if (moved := _value("moved", seen)) and STEP_LEFT not in seen:
         seen = yield "", "", [("browse", {"page": f"{moved}.md"})]
     pages[name] = seen
     return _value(what, seen), STEP_LEFT in seen
 
 
+def _said(lines):
+    """The lines as one text; none are left."""
+    text = "\n".join(lines)
+    lines.clear()
+    return text
+
+
 def table(question, values):
     """The final answer: what is known of {(row, column): value}, a Markdown table. Rows of which nothing is known are left out."""
     lines = [f"| name | {' | '.join(question.columns)} |", "|" + " - |" * (1 + len(question.columns))]
-    for row in question.rows:
+    for place, row in enumerate(question.rows, 1):
         cells = [values.get((row, column)) or "" for column in question.columns]
         if any(cells):
-            lines.append(f"| {row} | {' | '.join(cells)} |")
+            lines.append(f"| {place} {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -221,18 +229,22 @@ def _steps_of(question):
 
 
 def serial(question, rng=None, values=None):
-    """One agent that looks everything up by itself, in order. values: what is known already."""
-    values, pages, late = dict(values or {}), {}, False
+    """One agent that looks everything up by itself, in order. It says which row comes next and notes what it found. values: what is
+    known already."""
+    values, pages, lines, late = dict(values or {}), {}, [], False
     for (row, column), path in _steps_of(question).items():
-        name, wanted = row, (row, column) not in values
-        for what in path if wanted and not late else ():
-            name, late = yield from _read(name, what, pages)
-            if name is None or late and what != path[-1]:
-                name = None
+        if late or (row, column) in values:
+            continue
+        name = row
+        for what in path:
+            lines += [f"{question.rows.index(row) + 1} {row}"] if name == row and row not in pages else []
+            found, late = yield from _read(name, what, pages, lines)
+            lines += [f"{name} {what} {found}"] if found else []
+            name = None if late and what != path[-1] else found
+            if name is None:
                 break
-        if wanted:
-            values[row, column] = name
-    yield "", table(question, values), []
+        values[row, column] = name
+    yield "", "\n".join([*lines, table(question, values)]), []
 
 
 def _given(subtasks, create=True):
@@ -286,7 +298,7 @@ def aimless(question, rng):
         some = rng.sample(open_(), rng.randint(1, len(open_())))
         if rng.random() < 0.5:
             name, hop = names[some[0]]
-            value, late = yield from _read(name, paths[some[0]][hop], pages)
+            value, late = yield from _read(name, paths[some[0]][hop], pages, [])
             names[some[0]] = value, hop + 1
         else:
             wanted = {key: f"{names[key][0]} {paths[key][names[key][1]]}" for key in some}
@@ -305,7 +317,7 @@ def look_up(prompt):
         yield "", "unknown", []
         return
     name, what = asked.groups()
-    value, _ = yield from _read(name, what, {})
+    value, _ = yield from _read(name, what, {}, [])
     yield "", f"{name} {what} {value or 'unknown'}", []
 
 

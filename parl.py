@@ -11,8 +11,8 @@ The policy sees tools and questions; no prompt and no trace shows a good decompo
 they are sampled by another, smaller model, whose tokens are in no rollout and whose weights never change (`Frozen.check`).
 An agent's own calls come one per answer, in the single agent as in the swarm: what is to run side by side must be given away.
 
-Public names: PARLError, SIZES, build, train_subagent, lookup_documents, cold_start, Frozen, SwarmEnvironment, Record, Shaping,
-answer_all, score_lookups.     Tests: pytest tests/test_parl.py
+Public names: PARLError, SIZES, build, train_subagent, lookup_documents, cold_start, Frozen, Shaping, Record, SwarmEnvironment,
+Bounded, REMEDIES, virtual_time, answer_all, schedule_all, score_lookups.     Tests: pytest tests/test_parl.py
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from critical import critical_steps, finish_reward, normalised, parallel_reward,
 from data import Encoded
 from engine import Engine
 from k25 import K25, K25Config
-from policies import Local
+from policies import ContextFullError, Local
 from rl import sample_groups
 from rollout import Handle, RolloutManager, Sampling, derive
 from sft import SFTConfig, finetune
@@ -177,7 +177,8 @@ class Shaping:
     second: float = 0.5  # λ2, of r_finish
     enough: int = 4  # distinct subtasks side by side that r_parallel asks for
     annealed: bool = True  # to two fifths in the middle of training and 0 at its end
-    shuffled: bool = False  # control: subagents return results of another subtask
+    shuffled: bool = False  # control: subagents look something else up
+    permuted: bool = False  # control: an episode gets the reward of one of the iteration before
 
     def knots(self):
         """(progress, λ1, λ2) for critical.lambdas."""
@@ -210,34 +211,44 @@ class SwarmEnvironment:
     """Lets a policy orchestrate: what a RolloutManager takes. Only the orchestrator's conversation becomes a Rollout.
 
     frozen: Frozen, or None for a single agent without delegation; shaping: Shaping; progress: of training, 0…1, moved by whoever
-    trains; steps: overrides the questions' budgets. `take` hands out the Records since the last call.
+    trains; steps: overrides the questions' budgets; context, remedy: as of Bounded, None for no limit. `take` hands out the Records
+    since the last call.
     """
 
-    def __init__(self, frozen, shaping=Shaping(), steps=None):
-        self.frozen, self.shaping, self.steps, self.progress, self._heard = frozen, shaping, steps, 0.0, []
+    def __init__(self, frozen, shaping=Shaping(), steps=None, context=None, remedy="none"):
+        self.frozen, self.shaping, self.steps, self.context, self.remedy = frozen, shaping, steps, context, remedy
+        self.progress, self._heard, self._earlier = 0.0, [], []
 
     async def rollout(self, question, handle, seed):
         """One episode of a Question."""
-        policy, log = Local(handle, declare=False), Log(None)
-        subpolicy = self.frozen.policy(seed) if self.frozen else None
+        policy = Bounded(handle, self.context, self.remedy) if self.context else Local(handle, declare=False)
+        record, stages = await self.play(question, policy, seed)
+        value = reward(stages, record.performance, self.progress, self.shaping.enough, self.shaping.knots())
+        self._heard.append((record, value))
+        if self.shaping.permuted and self._earlier:
+            value = random.Random(seed).choice(self._earlier)
+        return policy.rollout(reward=value)
+
+    async def play(self, question, policy, seed):
+        """An episode of any policy. Returns (Record, stages)."""
+        log, subpolicy = Log(None), self.frozen.policy(seed) if self.frozen else None
         if subpolicy and self.shaping.shuffled:
             subpolicy = _Shuffled(subpolicy, question, seed)
         swarm = Swarm(question.text, policy, Corpus.of(question.pages), log, _limits(self.steps or question.steps), subpolicy=subpolicy,
                       slots=Slots(1 << 20, 0.5), delegation=self.frozen is not None, system=lookups.SYSTEM)  # fmt: skip
         outcome = await swarm.run()
-        stages, performance = episode(log.events), question.score(outcome.answer) if outcome.status == "done" else 0.0
-        value = reward(stages, performance, self.progress, self.shaping.enough, self.shaping.knots())
+        stages = episode(log.events)
         width = max((len({normalised(subtask.prompt) for subtask in stage.subtasks}) for stage in stages), default=0)
-        self._heard.append(Record(
-            question.key, question.kind, seed, performance, critical_steps(stages), total_steps(stages), len(swarm.assigned), width,
-            finish_reward(stages), parallel_reward(stages, self.shaping.enough), redundancy(stages), refused(log.events), outcome.status,
-            virtual_time(log.events)))  # fmt: skip
-        return policy.rollout("main", value)
+        return Record(
+            question.key, question.kind, seed, question.score(outcome.answer) if outcome.status == "done" else 0.0, critical_steps(stages),
+            total_steps(stages), len(swarm.assigned), width, finish_reward(stages), parallel_reward(stages, self.shaping.enough), redundancy(stages),
+            refused(log.events), outcome.status, virtual_time(log.events)), stages  # fmt: skip
 
     def take(self):
         """Records since the last call, in an order that does not depend on who ended first."""
-        heard, self._heard = sorted(self._heard, key=lambda r: (r.key, r.seed)), []
-        return heard
+        heard, self._heard = sorted(self._heard, key=lambda pair: (pair[0].key, pair[0].seed)), []
+        self._earlier = [value for _, value in heard]
+        return [record for record, _ in heard]
 
 
 class _Shuffled:
@@ -257,6 +268,55 @@ class _Shuffled:
             self._instead[agent] = f"{self.rng.choice(names)} {asked.rpartition(' ')[2]}"
         changed = [messages[0], messages[1] | {"content": self._instead[agent]}, *messages[2:]]
         return await self.policy.answer(changed, tools, agent)
+
+
+REMEDIES = ("none", "hide-tool-result", "discard-all", "summary")
+NEXT = 140  # tokens that a step and the answer after it take
+
+
+class Bounded(Local):
+    """A Local whose own conversation may have so many tokens, and what is done when the next step would not fit.
+
+    none: it is told to answer with what it has; hide-tool-result: it goes on with all results but the last blanked; discard-all: with
+    the question alone; summary: with the question and the table that it writes when told to answer. Over the limit nonetheless, its
+    context is full. Raises PARLError for another remedy.
+    """
+
+    def __init__(self, handle, tokens, remedy="none"):
+        if remedy not in REMEDIES:
+            raise PARLError(f"remedy {remedy!r}: one of {', '.join(REMEDIES)}")
+        super().__init__(handle, declare=False)
+        self.tokens, self.remedy, self._view, self._from, self._times, self._late = tokens, remedy, [], 0, 0, False
+
+    def rollout(self, agent="main", reward=0.0, **options):
+        """The Rollout of the conversation that it ended with."""
+        return super().rollout(self._name(), reward, **options)
+
+    def _name(self):
+        return f"main {self._times}"
+
+    async def answer(self, messages, tools, agent):
+        """As of Local."""
+        if self._name() in self._talks and len(self.talk(self._name()).ids) + NEXT > self.tokens and not self._late:
+            await self._relieve(messages, tools)
+        answer = await super().answer([*self._view, *messages[self._from :]], tools, self._name())
+        if len(self.talk(self._name()).ids) > self.tokens:
+            raise ContextFullError(f"more than {self.tokens} tokens")
+        return answer
+
+    async def _relieve(self, messages, tools):
+        told = [*self._view, *messages[self._from :]]
+        told[-1] = told[-1] | {"content": f"{told[-1]['content']}\n{lookups.STEP_LEFT}: answer now.]"}
+        if self.remedy == "none":
+            self._view, self._late = told, True
+        elif self.remedy == "hide-tool-result":
+            self._view = [m | {"content": "hidden"} if m["role"] == "tool" else m for m in messages[:-1]] + [messages[-1]]
+        elif self.remedy == "discard-all":
+            self._view = messages[:2]
+        else:
+            summary = await super().answer(told, tools, self._name())
+            self._view = [messages[0], messages[1] | {"content": f"{messages[1]['content']}\n{summary.content}"}]
+        self._from, self._times = len(messages), self._times + (self.remedy != "none")
 
 
 TOKEN, CALL = 0.02, 0.5  # seconds of the virtual clock: to write a token, to wait for a tool
@@ -295,6 +355,21 @@ def answer_all(model, environment, questions, tokenizer, seed, samples=1, slots=
                 raise PARLError(f"an episode failed: {rollout.info.reason}")
             found.append(heard[question.key, rollout.info.seed])
     return found
+
+
+def schedule_all(writer, frozen, questions, tokenizer, seed):
+    """Let a script of lookups.py answer questions, with frozen subagents or (None) alone. Returns the Records in their order."""
+    environment = SwarmEnvironment(frozen)
+
+    async def one(place, question):
+        rng = random.Random(f"{seed} schedule {place}")
+        policy = Local(Scribe(tokenizer, writer(question, rng)), declare=False)
+        return (await environment.play(question, policy, derive(seed, "schedule", place)))[0]
+
+    async def every():
+        return await asyncio.gather(*(one(place, question) for place, question in enumerate(questions)))
+
+    return asyncio.run(every())
 
 
 def score_lookups(frozen, number, tokenizer, seed, split="heldout"):

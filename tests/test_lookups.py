@@ -1,0 +1,150 @@
+"""The world to look things up in: what is asked can be found, scripts do what they say, words are tokens."""
+
+import asyncio
+import random
+
+import pytest
+
+import lookups
+from corpus import Corpus
+from critical import critical_steps
+from lookups import KINDS, QuestionError, draw, merges, pool, single_lookup, vocabulary
+from policies import Local
+from swarm import Limits, Swarm
+from swarm_log import Log, episode
+from traces import Scribe
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return vocabulary(tmp_path_factory.mktemp("words") / "vocabulary.tiktoken")
+
+
+class Subagents:
+    """Scripts that look one thing up."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.talks = tokenizer, {}
+
+    async def answer(self, messages, tools, agent):
+        if agent not in self.talks:
+            self.talks[agent] = Local(Scribe(self.tokenizer, lookups.look_up(messages[1]["content"])), declare=False)
+        return await self.talks[agent].answer(messages, tools, agent)
+
+
+def play(question, writer, tokenizer, steps=40):
+    """(outcome, critical steps, log) of a script."""
+    log, limits = Log(None), Limits(critical_steps=steps, main_steps=steps, sub_steps=5, own_calls=1)
+    swarm = Swarm(question.text, Local(Scribe(tokenizer, writer), declare=False), Corpus.of(question.pages), log, limits, subpolicy=Subagents(tokenizer))
+    outcome = asyncio.run(swarm.run())
+    return outcome, critical_steps(episode(log.events)), log
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_question_can_be_answered_and_by_looking_alone(kind, tokenizer):
+    for seed in range(6):
+        question = draw(random.Random(seed), kind)
+        outcome, _, _ = play(question, lookups.serial(question), tokenizer)
+        assert outcome.status == "done" and question.score(outcome.answer) == 1.0, question
+        for row, _, value in question.truth:
+            assert value not in question.text and row in question.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_budget_suits_the_better_way_to_work(kind, tokenizer):
+    for seed in range(6):
+        question = draw(random.Random(seed), kind)
+        outcome, steps, _ = play(question, lookups.planned(question), tokenizer, question.steps)
+        assert question.score(outcome.answer) == 1.0 and steps <= question.steps
+    question = draw(random.Random(0), kind, None if kind in ("single", "chain") else 6)
+    alone, _, _ = play(question, lookups.serial(question), tokenizer, question.steps)
+    assert (question.score(alone.answer) == 1.0) == (kind in ("single", "chain"))
+
+
+def test_serial_questions_leave_no_time_to_give_work_away(tokenizer):
+    question = draw(random.Random(3), "single")
+
+    def delegate():
+        yield "", "", lookups._given([f"{question.rows[0]} {question.columns[0]}"])
+        yield "", "no idea", []
+
+    outcome, _, log = play(question, delegate(), tokenizer, question.steps)
+    result = next(event for event in log.events if event["kind"] == "result")
+    assert result["text"].endswith("unknown") and result["steps"] == 2 and question.score(outcome.answer) == 0.0
+
+
+def test_careless_delegation_is_never_a_good_decomposition(tokenizer):
+    """No cold start shows all rows given away side by side."""
+    for seed in range(40):
+        question = draw(random.Random(seed), random.Random(seed).choice(("wide", "deep", "document", "download")))
+        *_, log = play(question, lookups.careless(question, random.Random(seed)), tokenizer, question.steps)
+        given = {event["prompt"] for event in log.events if event["kind"] == "assign"}
+        useful = {f"{row} {column}" for row in question.rows for column in question.columns} & given
+        assert len(useful) <= 2 < len(question.rows), given
+
+
+def test_names_of_training_and_heldout_do_not_meet():
+    seen = {split: {name for q in pool(120, 0, split=split) if q.kind in ("wide", "deep") for name in q.rows} for split in ("train", "heldout")}
+    assert seen["train"] and seen["heldout"] and not seen["train"] & seen["heldout"]
+
+
+def test_names_say_nothing_about_values():
+    """The same name has other values in another question: nothing can be known without looking."""
+    values = {}
+    for question in pool(600, 0, ("wide",)):
+        for row, column, value in question.truth:
+            values.setdefault((row, column), set()).add(value)
+    assert sum(len(found) > 1 for found in values.values()) > 20
+
+
+def test_score_counts_values_and_not_the_names_that_the_question_says():
+    question = draw(random.Random(0), "wide", 4)
+    listed = "\n".join(["| name | colour |", "| - | - |", *(f"| {row} | |" for row in question.rows)])
+    assert question.score(listed) == question.score("") == 0.0
+    known = {(row.split()[1], column): value for row, column, value in question.truth}
+    right = lookups.table(question, known)
+    assert question.score(right) == 1.0
+    half = lookups.table(question, dict(list(known.items())[:2]))
+    assert question.score(half) == pytest.approx(2 * 2 / (2 + len(question.truth)))
+
+
+def test_single_lookups_find_what_is_there(tokenizer):
+    known = 0
+    for seed in range(100):
+        prompt, pages = single_lookup(random.Random(seed))
+        log = Log(None)
+        asyncio.run(Swarm(prompt, Local(Scribe(tokenizer, lookups.look_up(prompt)), declare=False), Corpus.of(pages), log, delegation=False).run())
+        name, what, value = log.events[-1]["text"].split()
+        page = next((text for text in pages.values() if text.split("\n")[0] == name), "")
+        moved = next((line.split()[1] for line in page.split("\n") if line.startswith("moved")), None)
+        page = next(text for text in pages.values() if text.split("\n")[0] == moved) if moved else page
+        known += value != "unknown"
+        assert f"{what} {value}" in page.split("\n") if value != "unknown" else f"\n{what} " not in page
+    assert 80 < known < 100
+
+
+def test_merges_by_hand():
+    """aab ×3, ab ×2: first ab (5), then a+ab (3)."""
+    assert merges({b"aab": 3, b"ab": 2}, 2)[256:] == [b"ab", b"aab"]
+    assert len(merges({b"aab": 3}, 10)) == 258  # nothing left to merge
+
+
+def test_words_are_single_tokens_and_texts_come_back(tokenizer):
+    for word in (" colour", " red", " k", "27", "worker", ".assign", "_task", '"}', " rome", "\n"):
+        assert len(tokenizer.encode(word)) == 1, word
+    question = draw(random.Random(1), "wide")
+    for text in (question.text, *question.pages.values(), "Grüße, 世界"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_vocabulary_is_the_same_file_every_time(tokenizer, tmp_path):
+    path = tmp_path / "v.tiktoken"
+    vocabulary(path)
+    first = path.read_bytes()
+    assert vocabulary(path).vocab_size == tokenizer.vocab_size and path.read_bytes() == first
+
+
+@pytest.mark.parametrize("arguments", [("wider",), ("single", 2), ("wide", 17), ("wide", 3, "test")])
+def test_impossible_questions_are_refused(arguments):
+    with pytest.raises(QuestionError, match="\\S"):
+        draw(random.Random(0), *arguments)

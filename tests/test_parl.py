@@ -1,0 +1,224 @@
+"""PARL's parts: frozen subagents, the swarm as an environment, what is trained on and what is not."""
+
+import asyncio
+import dataclasses
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lookups
+import parl
+from critical import longest_path
+from parl import PARLError, Bounded, Frozen, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents, schedule_all, train_subagent, virtual_time
+from policies import ContextFullError, Local
+from rl import Learner, RLConfig
+from rollout import Handle, Sampling
+from swarm_log import step_graph
+from template import SECTION_BEGIN
+from traces import Scribe
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return lookups.vocabulary(tmp_path_factory.mktemp("words") / "vocabulary.tiktoken")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tiny():
+    """Models of no size: nothing here is about what they can."""
+    sizes, parl.SIZES = parl.SIZES, {name: {"hidden_size": 32, "num_hidden_layers": 2} for name in parl.SIZES}
+    yield
+    parl.SIZES = sizes
+
+
+@pytest.fixture
+def frozen(tokenizer):
+    return Frozen(build("small", tokenizer, 0), tokenizer)
+
+
+def scripted(question, writer, environment, tokenizer, seed=0):
+    """(Record, stages) of a script in an environment."""
+    return asyncio.run(environment.play(question, Local(Scribe(tokenizer, writer), declare=False), seed))
+
+
+def test_only_answers_of_the_orchestrator_carry_loss(tokenizer, frozen):
+    """Bugs 53 and 60: neither prompts nor what subagents say is trained on, and every generated token has its log-prob."""
+    question = lookups.draw(random.Random(0), "wide", 3)
+    environment = SwarmEnvironment(frozen)
+    handle = Handle(frozen.manager, "q", 0, 0, 0)
+    policy = Local(Scribe(tokenizer, lookups.planned(question)), declare=False)
+    asyncio.run(environment.play(question, policy, 0))
+    rollout = policy.rollout()
+    said = tokenizer.decode([i for i, own in zip(rollout.ids, rollout.generated) if own])
+    heard = tokenizer.decode([i for i, own in zip(rollout.ids, rollout.generated) if not own])
+    assert said.count("assign_task:") == 3 and "Return of" not in said and question.text not in said
+    assert heard.count("## Return of functions.assign_task") == 3 and SECTION_BEGIN not in heard
+    assert len(rollout.logprobs) == sum(rollout.generated) and handle.seed == 0
+
+
+def test_subagents_are_sampled_by_their_own_model_and_never_move(tokenizer, frozen):
+    """Their parameter hash is unchanged by training, and no gradient is there; one that is touched is found."""
+    model = build("orchestrator", tokenizer, 1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    settings = RLConfig(prompts=1, responses=4, slots=8, capacity=256, max_new_tokens=24, rows=4, lr=1e-2)
+    environment = SwarmEnvironment(frozen)
+    with Learner(model, environment, lookups.pool(2, 0, ("single",)), tokenizer, settings) as learner:
+        rollouts, _ = learner.iterate()
+    frozen.check()
+    assert len(environment.take()) == len(rollouts) == 4
+    assert all(parameter.grad is None for parameter in frozen.model.parameters())
+    if len({rollout.reward for rollout in rollouts}) > 1:
+        assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        next(iter(frozen.model.parameters())).view(-1)[0] += 1.0
+    with pytest.raises(PARLError, match="have changed"):
+        frozen.check()
+    next(iter(frozen.model.parameters())).requires_grad_(True)
+    with pytest.raises(PARLError, match="gradient"):
+        frozen.check()
+
+
+def test_a_script_with_scripted_subagents_has_the_record_it_should(tokenizer, frozen, monkeypatch):
+    question = lookups.draw(random.Random(4), "wide", 4)
+    monkeypatch.setattr(Frozen, "policy", lambda self, seed: parl._Scripted(tokenizer))
+    record, stages = scripted(question, lookups.planned(question), SwarmEnvironment(frozen), tokenizer)
+    given = len(question.rows) * len(question.columns)
+    assert (record.performance, record.given, record.width, record.finished, record.parallel, record.redundant) == (1.0, given, given, 1.0, 1.0, 0.0)
+    assert record.critical == 2 + 3 and record.total == 2 + 3 * given and record.status == "done" and len(stages) == 2
+    record, _ = scripted(question, lookups.serial(question), SwarmEnvironment(frozen, steps=20), tokenizer)
+    assert (record.performance, record.given, record.critical) == (1.0, 0, record.total)
+
+
+def test_an_agent_makes_its_own_calls_one_by_one(tokenizer, frozen):
+    question = lookups.draw(random.Random(4), "document", 3)
+
+    def both():
+        yield "", "", [("browse", {"page": f"{row}.md"}) for row in question.rows[:2]]
+        yield "", "no idea", []
+
+    log = []
+    policy = Local(Scribe(tokenizer, both()), declare=False)
+    asyncio.run(SwarmEnvironment(frozen).play(question, policy, 0))
+    log = tokenizer.decode(policy.talk().ids)
+    assert log.count("Refused: 1 of these calls") == 1 and log.count("the end]") == 1
+
+
+def test_a_single_agent_cannot_delegate(tokenizer):
+    question = lookups.draw(random.Random(4), "wide", 3)
+    record, _ = scripted(question, lookups.planned(question), SwarmEnvironment(None), tokenizer)
+    assert record.given == 0 and record.performance == 0.0
+
+
+def test_virtual_time_is_the_longest_path_in_seconds(tokenizer, frozen, monkeypatch):
+    """By hand: 10 tokens and a call, then two subagents side by side of 5 + 5 and 20 tokens, then 3 tokens."""
+    answer = lambda agent, step, tokens, calls: {"kind": "answer", "agent": agent, "step": step, "message": {"sampled": {"ids": [0] * tokens}, "tool_calls": calls}}  # noqa: E731, E501
+    events = [answer("main", 0, 10, [1]), {"kind": "assign", "task": 1, "step": 0}, {"kind": "assign", "task": 2, "step": 0},
+              answer(1, 0, 5, [1]), answer(2, 0, 20, []), answer(1, 1, 5, []), answer("main", 1, 3, [])]  # fmt: skip
+    branch = max(5 * 0.02 + 0.5 + 5 * 0.02, 20 * 0.02)
+    assert virtual_time(events) == pytest.approx(10 * 0.02 + 0.5 + branch + 3 * 0.02)
+    monkeypatch.setattr(parl, "TOKEN", 0.0)
+    monkeypatch.setattr(parl, "CALL", 0.0)
+    assert virtual_time(events) == 0.0 and len(longest_path(step_graph(events))) == 4
+
+
+def test_rewards_can_be_shaped_annealed_and_permuted(tokenizer, frozen, monkeypatch):
+    knots = Shaping().knots()
+    assert knots == ((0.0, 0.5, 0.5), (0.5, 0.2, 0.2), (1.0, 0.0, 0.0))
+    assert Shaping(0.5, 0.0).knots()[1] == (0.5, 0.2, 0.0) and len({k[1:] for k in Shaping(annealed=False).knots()}) == 1
+    question, rewards = lookups.draw(random.Random(4), "wide", 4), {}
+    monkeypatch.setattr(Frozen, "policy", lambda self, seed: parl._Scripted(tokenizer))
+
+    class Half(Scribe):
+        manager, seed = None, 0
+
+    for progress in (0.0, 0.5, 1.0):
+        environment = SwarmEnvironment(frozen)
+        environment.progress = progress
+        rewards[progress] = asyncio.run(environment.rollout(question, Half(tokenizer, lookups.planned(question)), 0)).reward
+    assert rewards == {0.0: 2.0, 0.5: 1.4, 1.0: 1.0}
+    environment = SwarmEnvironment(frozen, Shaping(permuted=True))
+    environment._earlier = [0.125]
+    assert asyncio.run(environment.rollout(question, Half(tokenizer, lookups.planned(question)), 0)).reward == 0.125
+    environment.take()
+    assert environment._earlier == [2.0]
+
+
+def test_shuffled_subagents_look_something_else_up(tokenizer, frozen, monkeypatch):
+    question = lookups.draw(random.Random(4), "wide", 4)
+    monkeypatch.setattr(Frozen, "policy", lambda self, seed: parl._Scripted(tokenizer))
+    record, _ = scripted(question, lookups.planned(question), SwarmEnvironment(frozen, Shaping(shuffled=True)), tokenizer)
+    assert record.given >= 4 and record.performance < 1.0
+
+
+@pytest.mark.parametrize("remedy", parl.REMEDIES)
+def test_a_bounded_context_is_relieved(remedy, tokenizer):
+    """What the policy is shown behind the limit, by a script that never stops looking."""
+    question = lookups.draw(random.Random(5), "document", 6)
+
+    def endless():
+        seen = ""
+        while True:
+            late = lookups.STEP_LEFT in seen
+            seen = (yield "", "| name |" if late else "", [] if late else [("browse", {"page": f"{question.rows[0]}.md"})]) or ""
+
+    class Script(Scribe):
+        manager = SimpleNamespace(sampling=Sampling())
+
+        def conversation(self, *arguments, **options):
+            self._calls = self._calls if remedy == "hide-tool-result" else 0  # who starts anew counts anew
+            return super().conversation(*arguments, **options)
+
+    policy = Bounded(Script(tokenizer, endless()), 330, remedy)
+    record = asyncio.run(SwarmEnvironment(None, steps=14).play(question, policy, 0))[0]
+    talks = {name: tokenizer.decode(talk.ids) for name, (talk, _) in policy._talks.items()}
+    assert all(len(talk.ids) <= 330 + parl.NEXT for talk, _ in policy._talks.values())
+    last = talks[policy._name()]
+    if remedy == "none":
+        assert len(talks) == 1 and record.status == "done" and "answer now" in last
+    elif remedy == "hide-tool-result":
+        assert "hidden" in last
+    elif remedy == "discard-all":
+        assert len(talks) > 1 and "hidden" not in last
+    else:
+        assert f"{question.text}\n| name |" in last
+    with pytest.raises(PARLError, match="remedy"):
+        Bounded(None, 330, "forget")
+
+
+def test_over_the_limit_nonetheless_the_context_is_full(tokenizer):
+    question = lookups.draw(random.Random(5), "document", 6)
+
+    def wordy():
+        yield "", "red " * 80, [("browse", {"page": f"{question.rows[0]}.md"})]
+
+    policy = Bounded(Scribe(tokenizer, wordy()), 100)
+    with pytest.raises(ContextFullError, match="100 tokens"):
+        asyncio.run(policy.answer([{"role": "user", "content": question.text}], [], "main"))
+
+
+def test_the_cold_start_is_mostly_serial_and_the_same_each_time(tokenizer):
+    first, second = cold_start(40, tokenizer, 3), cold_start(40, tokenizer, 3)
+    assert first == second
+    delegating = [document for document in cold_start(200, tokenizer, 3) if "assign_task:" in tokenizer.decode(document.ids)]
+    assert 2 <= len(delegating) <= 30
+    assert not [d for d in cold_start(40, tokenizer, 3, delegating=0.0) if "assign_task:" in tokenizer.decode(d.ids)]
+
+
+def test_lookups_are_learned_from_and_measured(tokenizer):
+    documents = lookup_documents(30, tokenizer, 0)
+    assert all("Return of functions.browse" in tokenizer.decode(d.ids) or "unknown" in tokenizer.decode(d.ids) for d in documents)
+    losses = [result.loss for _, result in train_subagent("small", tokenizer, documents, 12, 0)]
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_measuring_gives_one_record_per_question_in_any_company(tokenizer, frozen):
+    model, questions = build("orchestrator", tokenizer, 1), lookups.pool(4, 0, ("single", "chain"))
+    options = {"capacity": 256, "max_new_tokens": 24}
+    records = answer_all(model, SwarmEnvironment(frozen), questions, tokenizer, 0, **options)
+    assert [r.key for r in records] == [q.key for q in questions]
+    assert records == answer_all(model, SwarmEnvironment(frozen), questions, tokenizer, 0, slots=2, **options)
+    assert [r.kind for r in schedule_all(lookups.serial, None, questions, tokenizer, 0)] == ["single", "chain"] * 2
+    assert all(r.performance == 1.0 for r in schedule_all(lookups.serial, None, questions, tokenizer, 0))
+    assert dataclasses.asdict(records[0])["status"] in ("done", "garbage", "critical steps", "steps")
