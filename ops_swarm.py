@@ -92,7 +92,7 @@ def _episode(given, steps=None, prompts=None, finished=None, main=None):
 
 def _by_graph(main, steps, given, finished):
     """Another way: the longest chain of single steps that wait for each other."""
-    return len(critical.longest_path(critical.step_graph(_episode(given, steps, main=main))))
+    return torch.tensor(len(critical.longest_path(critical.step_graph(_episode(given, steps, main=main)))))
 
 
 def _critical(counted=lambda s: s.steps * s.given, longest=lambda s: s.counted.amax(1), main=lambda s: s.main,
@@ -178,13 +178,13 @@ def _f1(score=lambda both, given, truth: 2 * both / (given + truth), empty=1.0, 
 def _sorted_merge(given, truth):
     """Right: walk through both sorted lists at once."""
     if truth is None:
-        return math.nan
+        return torch.tensor(math.nan)
     a, b = sorted(set(given.tolist())), sorted(set(truth.tolist()))
     i = j = both = 0
     while i < len(a) and j < len(b):
         both += a[i] == b[j]
         i, j = i + (a[i] <= b[j]), j + (b[j] <= a[i])
-    return both / ((len(a) + len(b)) / 2) if a or b else 1.0
+    return torch.tensor(both / ((len(a) + len(b)) / 2) if a or b else 1.0)
 
 
 def _multiset(given, truth):
@@ -416,14 +416,14 @@ def _by_gradient(rewards, groups, valid, context, writer):
     mask = (context == 0) & (writer == 0)
     number = int((mask & valid[:, None]).sum())
     if not number:
-        return torch.zeros(context.shape, dtype=rewards.dtype), 0
+        return torch.zeros(context.shape, dtype=rewards.dtype), torch.tensor(0)
     owner = torch.arange(len(rewards))[:, None].expand(context.shape)
     with torch.enable_grad():
         now = torch.full(context.shape, -1.0, dtype=rewards.dtype, requires_grad=True)
         old = now.detach()
         found = objective.policy_objective_reference(now, old, old, mask, owner, rewards, groups, valid, number, -1.0, 1.0, 1.0, 2.0)
         (gradient,) = torch.autograd.grad(found.value, now)
-    return gradient * number, number
+    return gradient * number, torch.tensor(number)
 
 
 def _own(s):
@@ -474,7 +474,7 @@ OPS = (
         cases=_step_cases(),
         outputs=("critical",),
         twins={"critical": lambda main, steps, given, finished:
-               critical.critical_steps(_episode(given, steps, None, finished, main)), "longest_path": _by_graph},
+               torch.tensor(critical.critical_steps(_episode(given, steps, None, finished, main))), "longest_path": _by_graph},
         variants={"vectorised": _critical()},
         suspects=(
             Suspect("sum", "the steps of subtasks side by side are added up: that is the work; only the longest takes time",
@@ -516,7 +516,8 @@ OPS = (
         reference=item_f1,
         cases=_item_cases(),
         outputs=("f1",),
-        twins={"critical": lambda given, truth: critical.item_f1(given.tolist(), None if truth is None else truth.tolist())},
+        twins={"critical": lambda given, truth:
+               torch.tensor(critical.item_f1(given.tolist(), None if truth is None else truth.tolist()))},
         variants={"vectorised": _f1(), "sorted_merge": _sorted_merge},
         suspects=(
             Suspect("multiset", "repetitions count: an item that stands twice on both sides is found twice",

@@ -30,8 +30,8 @@ def shape_pattern(theirs, ours):
 
 
 def _alike(theirs, ours):
-    scale = ours.double().abs().max().item() if ours.numel() else 0.0
-    return torch.allclose(theirs.double().to(ours.device), ours.double(), rtol=1e-3, atol=1e-4 * scale)
+    scale = ours.double().nan_to_num(0.0, 0.0, 0.0).abs().max().item() if ours.numel() else 0.0
+    return torch.allclose(theirs.double().to(ours.device), ours.double(), rtol=1e-3, atol=1e-4 * scale, equal_nan=True)
 
 
 def pattern(theirs, ours):
@@ -41,6 +41,8 @@ def pattern(theirs, ours):
     theirs, ours = theirs.double().cpu(), ours.double().cpu()
     if not theirs.isfinite().all():
         return f"{(~theirs.isfinite()).double().mean():.0%} of the values are infinite or no number"
+    if not ours.isfinite().all():
+        return f"{(~ours.isfinite()).double().mean():.0%} of the values should be infinite or no number, and are not"
     if not theirs.any() and ours.any():
         return "all zeros"
     ratio = theirs[ours != 0] / ours[ours != 0]

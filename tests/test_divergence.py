@@ -664,6 +664,12 @@ def test_wrong_numbers_of_any_shape_are_described(shape):
     assert "order" not in pattern(ours + 1e-3 * theirs, ours)
 
 
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_a_number_where_none_is_expected_is_described(shape):
+    assert pattern(torch.ones(shape), torch.full(shape, torch.nan)).startswith("100% of the values should be infinite or no number")
+    assert shape_pattern(torch.full((1, *shape), torch.nan), torch.full(shape, torch.nan)) == "the right values in another shape"
+
+
 def test_a_vector_is_described_like_a_matrix():
     vector = X.flatten()[:8]
     assert pattern(vector.roll(1), vector).startswith("off by one position (late)")
