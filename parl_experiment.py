@@ -35,8 +35,8 @@ import torch
 import lookups
 from checkpoint import write_file
 from k25 import load, save
-from parl import REMEDIES, SUB_STEPS, Frozen, PARLError, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents, schedule_all, score_lookups
-from parl import train_subagent
+from parl import REMEDIES, SUB_STEPS, Frozen, PARLError, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents
+from parl import schedule_all, score_lookups, train_subagent
 from rl import Learner, RLConfig, RLError
 from rl_job import add_flags, take_flags
 from rl_report import plot_arms
@@ -49,10 +49,14 @@ ARMS = {
     "outcome": Shaping(0.0, 0.0), "shuffled": Shaping(shuffled=True), "permuted": Shaping(permuted=True),
 }  # fmt: skip
 WIDE, WIDER = (3, 4, 5, 6), 8  # rows: as in training, and more
+MEASURED = ("performance", "critical", "total", "given", "width", "finished", "parallel", "redundant", "refused")  # of a Record, by step
 BUDGETS = (3, 4, 5, 6, 7, 9, 11, 13, 15, 17)  # critical steps
 GOALS = (0.3, 0.4, 0.5, 0.6, 0.7)  # item-F1
 CONTEXTS = (256, 384, 512)  # tokens
 CAPACITY = 1024  # tokens of a conversation
+LONGEST = 320  # tokens of an answer
+SINGLE = 300  # held-out look-ups by which subagents are measured
+LOOKED = ("wide", "document", "download")  # kinds that can have more rows
 
 
 @dataclass(frozen=True)
@@ -79,9 +83,9 @@ class PARLConfig:
     workers: int = 2  # processes
 
     def __post_init__(self):
-        for name in ("seeds", "look_ups", "small_steps", "large_steps", "traces", "base_steps", "iterations", "prompts", "responses", "pool", "questions"):
-            if getattr(self, name) < 1:
-                raise StudyError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        for f in dataclasses.fields(self):
+            if f.type is int and f.name not in ("first_seed", "workers") and getattr(self, f.name) < 1:
+                raise StudyError(f"{f.name} is {getattr(self, f.name)}: it must be at least 1")
         if unknown := [arm for arm in self.names() if arm not in ARMS]:
             raise StudyError(f"no arm {unknown[0]!r}: use some of {', '.join(ARMS)}")
 
@@ -115,7 +119,7 @@ def subagent_cell(folder, name, log, size, steps, look_ups):
         log(step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began))
     save(model, folder / "models" / name)
     frozen = Frozen(model, tokenizer)
-    right, steps = score_lookups(frozen, 300, tokenizer, 0)
+    right, steps = score_lookups(frozen, SINGLE, tokenizer, 0)
     return {"right": right, "steps": steps, "digest": frozen.digest, "parameters": sum(p.numel() for p in model.parameters())}
 
 
@@ -132,12 +136,22 @@ def base_cell(folder, name, log, base_steps, traces, look_ups, delegating, quest
             log(stage=stage, step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began))
     save(model, folder / "models" / name)
     frozen = Frozen(_loaded(folder, "large"), tokenizer)
-    asked = {"heldout": _questions(questions), "wider": _questions(questions, WIDER, ("wide", "document", "download"))}
-    found = {part: _records(answer_all(model, SwarmEnvironment(frozen), those, tokenizer, 0, capacity=CAPACITY)) for part, those in asked.items()}
-    bounds = {}
-    for bound, writer, subagents in (("serial ceiling", lookups.serial, None), ("best schedule", lookups.planned, frozen), ("random schedule", lookups.aimless, frozen)):
-        bounds[bound] = {part: _records(schedule_all(writer, subagents, those, tokenizer, 0)) for part, those in asked.items()}
-    return found | {"bounds": bounds}
+    bounds = {"serial ceiling": (lookups.serial, None), "best schedule": (lookups.planned, frozen), "random schedule": (lookups.aimless, frozen)}
+    asked = _asked(questions)
+    found = {part: _records(_answers(model, frozen, those, tokenizer, 0)) for part, those in asked.items()}
+    return found | {"bounds": {
+        bound: {part: _records(schedule_all(writer, subagents, those, tokenizer, 0)) for part, those in asked.items()}
+        for bound, (writer, subagents) in bounds.items()}}  # fmt: skip
+
+
+def _asked(number):
+    """The questions of both tables."""
+    return {"heldout": _questions(number), "wider": _questions(number, WIDER, LOOKED)}
+
+
+def _answers(model, frozen, questions, tokenizer, seed, **options):
+    """Records of a model; options: of SwarmEnvironment."""
+    return answer_all(model, SwarmEnvironment(frozen, **options), questions, tokenizer, seed, capacity=CAPACITY, max_new_tokens=LONGEST)
 
 
 def _records(records):
@@ -151,29 +165,30 @@ def arm_cell(folder, name, log, arm, seed, questions, iterations, pool, **settin
     tokenizer, model, shaping = _tokenizer(folder), _loaded(folder, "base"), ARMS[arm]
     crew = {size: Frozen(_loaded(folder, size), tokenizer) for size in ("small", "large")} if arm != "single" else {}
     environment = SwarmEnvironment(crew.get("small"), shaping)
-    t = RLConfig(slots=64, capacity=CAPACITY, max_new_tokens=320, minibatches=2, rows=16, **settings)
+    t = RLConfig(slots=64, capacity=CAPACITY, max_new_tokens=LONGEST, minibatches=2, rows=16, **settings)
     with Learner(model, environment, lookups.pool(pool, f"{seed} pool"), tokenizer, t, derive(seed, "parl")) as learner:
         for iteration in range(iterations):
             environment.progress = iteration / iterations
             environment.frozen = crew.get("small" if iteration < 2 * iterations // 3 else "large")
             _, row = learner.iterate()
             records = environment.take()
-            mean = lambda field: statistics.fmean(getattr(record, field) for record in records)  # noqa: B023, E731
-            extra = {field: mean(field) for field in ("performance", "critical", "total", "given", "width", "finished", "parallel", "redundant", "refused")}
-            log(**row, **extra, **{f"given {kind}": _mean(r.given for r in records if r.kind == kind) for kind in lookups.KINDS})
+            measured = {field: statistics.fmean(getattr(record, field) for record in records) for field in MEASURED}
+            by_kind = {f"given {kind}": _mean(record.given for record in records if record.kind == kind) for kind in lookups.KINDS}
+            log(**row, **measured, **by_kind)
     for frozen in crew.values():
         frozen.check()
     save(model, folder / "models" / name)
     crew = crew.get("large")
-    measured = lambda asked, **options: _records(answer_all(model, SwarmEnvironment(crew, **options), asked, tokenizer, derive(seed, "measure"), capacity=CAPACITY))  # noqa: E731, E501
-    controls = {"shaping": shaping} if shaping.shuffled else {}
-    found = {"heldout": measured(_questions(questions), **controls), "wider": measured(_questions(questions, WIDER, ("wide", "document", "download")), **controls)}
+
+    def measured(asked, **options):
+        return _records(_answers(model, crew, asked, tokenizer, derive(seed, "measure"), **options))
+
+    found = {part: measured(asked, shaping=dataclasses.replace(shaping, permuted=False)) for part, asked in _asked(questions).items()}
     if arm in ("parl", "single"):
-        asked = _questions(questions, WIDER, ("wide",))
-        found["budgets"] = {str(steps): measured(asked, steps=steps) for steps in BUDGETS}
-        asked = _questions(questions, max(WIDE), ("wide",))
-        remedies = REMEDIES if arm == "single" else ("none",)
-        found["contexts"] = {f"{remedy} {tokens}": measured(asked, steps=30, context=tokens, remedy=remedy) for remedy in remedies for tokens in CONTEXTS}
+        found["budgets"] = {str(steps): measured(_questions(questions, WIDER, ("wide",)), steps=steps) for steps in BUDGETS}
+        found["contexts"] = {
+            f"{remedy} {tokens}": measured(_questions(questions, max(WIDE), ("wide",)), steps=30, context=tokens, remedy=remedy)
+            for remedy in (REMEDIES if arm == "single" else ("none",)) for tokens in CONTEXTS}  # fmt: skip
     return found | {"digest": crew.digest if crew else None}
 
 
@@ -189,7 +204,7 @@ def report(folder, t, crew, base, arms):
     """Write report.md, summary.json and plots from the cells. Returns the lines of the first table."""
     folder, seeds = pathlib.Path(folder), range(t.first_seed, t.first_seed + t.seeds)
     table = lambda name, part, field: np.array([arms[f"{name}-{s}"][part][field] for s in seeds], float)  # noqa: E731
-    names, summary = t.names(), {}
+    names, summary, tables = t.names(), {}, {}
     text = [
         "# PARL: learning to work in parallel", "",
         f"{t.seeds} seeds of RL per arm, {t.iterations} iterations of {t.prompts} questions × {t.responses} responses, all from one cold start (so that intervals "
@@ -199,16 +214,17 @@ def report(folder, t, crew, base, arms):
         f"(large, {crew['large']['parameters']:,}), {crew['small']['steps']:.1f} and {crew['large']['steps']:.1f} steps of at most {SUB_STEPS}. "
         "Their hashes are the same before and after: " + ("yes" if _unmoved(crew, arms) else "NO") + ".", "",
     ]  # fmt: skip
-    for part, title in (("heldout", "Held-out questions, rows as in training (table 6)"), (("wider"), f"{WIDER} rows, more than in training")):
+    for part, title in (("heldout", "Held-out questions, rows as in training (table 6)"), ("wider", f"{WIDER} rows, more than in training")):
         rows = []
         for name in ("base", *base["bounds"], *names):
             source = base[part] if name == "base" else base["bounds"][name][part] if name in base["bounds"] else None
             take = (lambda field: np.array([source[field]], float)) if source else (lambda field: table(name, part, field))  # noqa: B023
             found = {field: bootstrap(take(field)) for field in ("performance", "critical", "total", "given", "finished")}
             summary.setdefault(name, {})[part] = {field: dataclasses.asdict(value) for field, value in found.items()}
-            rows.append(f"| {name} | {found['performance']} | {found['critical'].mean:.1f} | {found['total'].mean:.1f} | {found['given'].mean:.2f} | {found['finished'].mean:.2f} |")
+            means = " | ".join(f"{found[field].mean:.2f}" for field in ("critical", "total", "given", "finished"))
+            rows.append(f"| {name} | {found['performance']} | {means} |")
         text += [f"## {title}", "", "| arm | item-F1 | critical steps | total steps | subtasks | r_finish |", "|---|---|---|---|---|---|", *rows, ""]
-        first_rows = rows if part == "heldout" else first_rows  # noqa: F821
+        tables[part] = rows
         if {"parl", "single"} <= set(names):
             gap = bootstrap(table("parl", part, "performance") - table("single", part, "performance"))
             summary[f"parl less single, {part}"] = dataclasses.asdict(gap)
@@ -217,13 +233,14 @@ def report(folder, t, crew, base, arms):
     if {"parl", "single"} <= set(names):
         text += _times(folder, t, arms, seeds, summary) + _contexts(t, arms, seeds, summary)
     _curves(folder, t, seeds, names)
-    text += ["## Over training (figure 4)", "", "![item-F1, subtasks, width, critical steps](training.png)", "", "## By seed: item-F1 / subtasks, held-out", "",
-             f"| seed | {' | '.join(names)} |", f"|---|{'---|' * len(names)}",
-             *(f"| {s} | " + " | ".join(f"{np.mean(arms[f'{n}-{s}']['heldout']['performance']):.3f} / {np.mean(arms[f'{n}-{s}']['heldout']['given']):.2f}" for n in names) + " |" for s in seeds),
-             "", "Settings: config.json; every step: cells/*.jsonl. Settings were chosen on seed 0, which is not among these.", ""]  # fmt: skip
+    cell = lambda name, s: " / ".join(f"{np.mean(arms[f'{name}-{s}']['heldout'][field]):.2f}" for field in ("performance", "given"))  # noqa: E731
+    text += ["## Over training (figure 4)", "", "![item-F1, subtasks, r_finish, critical and total steps](training.png)", "",
+             "## By seed: item-F1 / subtasks, held-out", "", f"| seed | {' | '.join(names)} |", f"|---|{'---|' * len(names)}",
+             *(f"| {s} | {' | '.join(cell(name, s) for name in names)} |" for s in seeds), "",
+             "Settings: config.json; every step: cells/*.jsonl. Settings were chosen on seed 0, which is not among these.", ""]  # fmt: skip
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_file(folder / "report.md", "\n".join(text))
-    return first_rows
+    return tables["heldout"]
 
 
 def _unmoved(crew, arms):
@@ -236,8 +253,8 @@ def _by_kind(t, base, table, names):
     lines = ["## By kind: item-F1 / subtasks", "", f"| kind | base | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
     for kind in lookups.KINDS:
         which = [place for place, other in enumerate(kinds) if other == kind]
-        cell = lambda take: f"{take('performance')[:, which].mean():.2f} / {take('given')[:, which].mean():.2f}"  # noqa: B023, E731
-        cells = [cell(lambda field: np.array([base["heldout"][field]], float))] + [cell(lambda field: table(name, "heldout", field)) for name in names]  # noqa: B023
+        of = {field: [np.array([base["heldout"][field]], float)] + [table(name, "heldout", field) for name in names] for field in ("performance", "given")}
+        cells = [f"{f1[:, which].mean():.2f} / {given[:, which].mean():.2f}" for f1, given in zip(*of.values())]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return [*lines, ""]
 
@@ -283,7 +300,8 @@ def _contexts(t, arms, seeds, summary):
     """Figure 7: item-F1 under a limit of context."""
     lines = []
     for name, remedy in (("parl", "none"), *(("single", remedy) for remedy in REMEDIES)):
-        cells = [bootstrap(np.array([arms[f"{name}-{s}"]["contexts"][f"{remedy} {tokens}"]["performance"] for s in seeds], float)) for tokens in CONTEXTS]
+        of = lambda tokens: [arms[f"{name}-{s}"]["contexts"][f"{remedy} {tokens}"]["performance"] for s in seeds]  # noqa: B023, E731
+        cells = [bootstrap(np.array(of(tokens), float)) for tokens in CONTEXTS]
         label = "swarm" if name == "parl" else f"single agent, {remedy}"
         summary[f"context, {label}"] = {tokens: dataclasses.asdict(cell) for tokens, cell in zip(CONTEXTS, cells)}
         lines.append(f"| {label} | {' | '.join(map(str, cells))} |")
@@ -299,7 +317,8 @@ def _curves(folder, t, seeds, names):
         mean, spread = curves.mean(0), 1.96 * curves.std(0, ddof=1 if len(curves) > 1 else 0) / len(curves) ** 0.5
         return range(len(mean)), mean, mean - spread, mean + spread
 
-    panels = {"item-F1, training questions": "performance", "subtasks given away": "given", "r_finish": "finished", "critical steps": "critical", "total steps": "total"}
+    panels = {"item-F1, training questions": "performance", "subtasks given away": "given", "r_finish": "finished",
+              "critical steps": "critical", "total steps": "total"}  # fmt: skip
     plot_arms({title: {name: band(name, key) for name in names} for title, key in panels.items()}, folder / "training.png")
 
 

@@ -1,0 +1,55 @@
+"""The PARL experiment end to end, with models that cannot do anything yet."""
+
+import json
+
+import numpy as np
+import pytest
+
+import parl
+import parl_experiment
+from parl_experiment import PARLConfig, _reached, main
+from study import StudyError
+
+TINY = ["--seeds", "1", "--arms", "parl,single", "--look-ups", "20", "--small-steps", "2", "--large-steps", "2", "--traces", "20", "--base-steps", "3",
+        "--iterations", "2", "--prompts", "2", "--responses", "2", "--pool", "6", "--questions", "1", "--workers", "0"]  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(parl, "SIZES", {name: {"hidden_size": 32, "num_hidden_layers": 2} for name in parl.SIZES})
+    for name, value in {"BUDGETS": (3, 5), "CONTEXTS": (320,), "WIDER": 7, "LONGEST": 8, "SINGLE": 10}.items():
+        monkeypatch.setattr(parl_experiment, name, value)
+
+
+def test_it_runs_reports_and_goes_on(small, tmp_path, capsys):
+    arguments = [*TINY, "--run", str(tmp_path / "run")]
+    main(arguments)
+    printed, folder = capsys.readouterr().out, tmp_path / "run"
+    assert "| parl |" in printed and "| best schedule |" in printed
+    text, summary = (folder / "report.md").read_text(), json.loads((folder / "summary.json").read_text())
+    for part in ("table 6", "figure 4", "figure 7", "figure 8", "By kind", "By seed", "the same before and after: yes"):
+        assert part in text
+    assert summary["best schedule"]["heldout"]["performance"]["mean"] <= 1.0 == summary["serial ceiling"]["wider"]["critical"]["mean"] ** 0
+    assert (folder / "training.png").stat().st_size > 5000 and (folder / "budgets.png").stat().st_size > 3000
+    rows = (folder / "cells" / "parl-1.jsonl").read_text().splitlines()
+    assert len(rows) == 2 and {"performance", "given", "critical", "given single"} <= json.loads(rows[0]).keys()
+    before = (folder / "cells" / "parl-1.json").stat().st_mtime_ns
+    main(arguments)
+    assert (folder / "cells" / "parl-1.json").stat().st_mtime_ns == before
+
+
+def test_misuse_is_one_line_and_exit_code_2(tmp_path, capsys):
+    for flags, said in ((["--seeds", "0"], "seeds is 0"), (["--arms", "serial"], "no arm 'serial'")):
+        with pytest.raises(SystemExit) as end:
+            main([*flags, "--run", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and said in error and error.count("\n") == 1
+    with pytest.raises(StudyError, match="iterations is 0"):
+        PARLConfig(iterations=0)
+
+
+def test_where_a_curve_reaches_a_goal_by_hand():
+    assert _reached(0.5, (4, 8), (0.25, 0.75)) == pytest.approx(6.0)
+    assert _reached(0.25, (4, 8), (0.25, 0.75)) == pytest.approx(4.0)
+    assert _reached(0.1, (4, 8), (0.2, 0.75)) == pytest.approx(2.0)
+    assert np.isnan(_reached(0.8, (4, 8), (0.25, 0.75)))
