@@ -38,6 +38,7 @@ from critical import item_f1, table_items
 from tokenizer import Tokenizer
 
 KINDS = ("wide", "deep", "document", "download", "single", "chain")
+ALONE = ("single", "chain")  # of one row, for serial work
 VALUES = {
     "colour": ("red", "blue", "green", "pink", "gold", "grey"), "city": ("rome", "oslo", "lima", "cairo", "paris", "delhi"),
     "food": ("rice", "bread", "soup", "corn", "eggs", "fish"), "pet": ("cat", "dog", "owl", "fox", "hen", "bee"),
@@ -108,7 +109,7 @@ def draw(rng, kind, rows=None, split="train", steps=None):
     critical steps, default STEPS. Raises QuestionError."""
     if kind not in KINDS or split not in ("train", "heldout"):
         raise QuestionError(f"kind {kind!r}, split {split!r}: one of {', '.join(KINDS)}; train or heldout")
-    alone = kind in ("single", "chain")
+    alone = kind in ALONE
     rows = rows or (1 if alone else rng.randint(3, 6))
     if alone and rows != 1 or not 1 <= rows <= 16:
         raise QuestionError(f"{rows} rows of kind {kind}: 1 to 16, and 1 for single and chain")
@@ -166,8 +167,8 @@ def _files(rng, kind, rows):
 
 def pool(number, seed, kinds=KINDS, split="train", rows=None, steps=None):
     """Questions with different contents, the kinds in turn."""
-    return [draw(random.Random(f"{seed} {split} {n}"), kinds[n % len(kinds)], None if kinds[n % len(kinds)] in ("single", "chain") else rows, split, steps)
-            for n in range(number)]  # fmt: skip
+    each = ((n, kinds[n % len(kinds)]) for n in range(number))
+    return [draw(random.Random(f"{seed} {split} {n}"), kind, None if kind in ALONE else rows, split, steps) for n, kind in each]
 
 
 # ------------------------------------------------------------------------------------- scripted agents
@@ -261,10 +262,10 @@ def _told(seen):
 def careless(question, rng):
     """Bad delegation, as a cold start shows it: a piece of the work, the wrong thing, the same thing twice, the whole question, or
     nobody there to do it. Then an answer from what is known, or the work itself."""
-    row, column = rng.choice(question.rows), rng.choice(question.columns)
-    asked = f"{row} {'friend' if question.kind in ('deep', 'chain') else column}"
-    other = f"{rng.choice(question.rows)} {rng.choice(ATTRIBUTES)}"
-    given = rng.choice(([asked], [asked, asked], [question.text], [other, asked], [other]))
+    wanted = "friend" if question.kind in ("deep", "chain") else rng.choice(question.columns)
+    asked, several = f"{rng.choice(question.rows)} {wanted}", rng.randint(2, 4)
+    wrong = [f"{rng.choice(question.rows)} {rng.choice([what for what in ATTRIBUTES if what not in question.columns])}" for _ in range(several)]
+    given = rng.choice(([asked], [asked] * several, [question.text], [wrong[0], asked], wrong))
     seen = yield "", "", _given(given, create=rng.random() < 0.9)
     known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in ("deep", "chain")}
     if rng.random() < 0.5:
@@ -275,7 +276,7 @@ def careless(question, rng):
 
 def planned(question, rng=None):
     """The best schedule: all look-ups side by side, one stage for every hop; alone where that takes fewer steps."""
-    if question.kind in ("single", "chain"):
+    if question.kind in ALONE:
         yield from serial(question)
         return
     paths, names = _steps_of(question), {key: key[0] for key in _steps_of(question)}

@@ -153,7 +153,7 @@ def cold_start(number, tokenizer, seed, delegating=0.06, kinds=lookups.KINDS):
     async def one(index):
         rng = random.Random(f"{seed} cold {index}")
         kind = rng.choice(kinds)
-        question = lookups.draw(rng, kind, None if kind in ("single", "chain") else rng.choice((1, 1, 2, 2, 3, 3, 4, 5, 6)), steps=rng.choice((None, 20)))
+        question = lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 6), steps=rng.choice((None, 20)))
         writer = (lookups.careless if rng.random() < delegating else lookups.serial)(question, rng)
         policy = Local(Scribe(tokenizer, writer), declare=False)
         await Swarm(question.text, policy, Corpus.of(question.pages), Log(None), _limits(question.steps), subpolicy=_Scripted(tokenizer),

@@ -1,7 +1,7 @@
 """Does an orchestrator learn to work in parallel, and what does it gain? PARL at toy scale — K2.5 report 3, tables 6, figures 4, 7, 8.
 
 Once, for all seeds: two frozen subagents (small, large) by SFT on single look-ups, and a cold start of the orchestrator by SFT on serial
-work with 6 % of careless delegation (parl.py, lookups.py). From there each arm is RL with seeds of its own, over the same kinds of
+work with 8 % of careless delegation (parl.py, lookups.py). From there each arm is RL with seeds of its own, over the same kinds of
 questions, with the same budgets of critical steps:
 
     parl          r_perf + λ1·r_parallel + λ2·r_finish, λ annealed to 0; small subagents, in the last third large ones
@@ -16,7 +16,7 @@ had six at most; item-F1 against the budget, from which the critical steps and t
 
 Run: python train_small.py parl --run runs/parl        (minutes: README)
 
-Public names: PARLConfig, ARMS, subagent_cell, base_cell, arm_cell, report, main.     Tests: pytest tests/test_parl_experiment.py
+Public names: PARLConfig, ARMS, model_cell, subagent_cell, base_cell, start_cell, arm_cell, report, main.     Tests: pytest tests/test_parl_experiment.py
 """
 
 import argparse
@@ -55,6 +55,7 @@ GOALS = (0.3, 0.4, 0.5, 0.6, 0.7)  # item-F1
 CONTEXTS = (256, 384, 512)  # tokens
 CAPACITY = 1024  # tokens of a conversation
 LONGEST = 320  # tokens of an answer
+EPISODE = 768  # of an episode of the cold start
 SINGLE = 300  # held-out look-ups by which subagents are measured
 LOOKED = ("wide", "document", "download")  # kinds that can have more rows
 
@@ -68,11 +69,11 @@ class PARLConfig:
     seeds: int = 5
     first_seed: int = 1  # seed 0 was used to choose the settings
     look_ups: int = 6000  # traces for the subagents
-    small_steps: int = 400  # of SFT
-    large_steps: int = 600
-    traces: int = 6000  # of the cold start
-    base_steps: int = 1000
-    delegating: float = 0.06  # share of traces with careless delegation
+    small_steps: int = 800  # of SFT
+    large_steps: int = 900
+    traces: int = 8000  # of the cold start
+    base_steps: int = 1800
+    delegating: float = 0.08  # share of traces with careless delegation
     iterations: int = 30
     prompts: int = 8
     responses: int = 8
@@ -110,11 +111,16 @@ def _questions(number, rows=None, kinds=lookups.KINDS):
 # ------------------------------------------------------------------------------------------------ cells
 
 
-def subagent_cell(folder, name, log, size, steps, look_ups):
-    """Train a subagent once; it is never moved again."""
+def model_cell(folder, name, log, **settings):
+    """Train a subagent (small, large) or the cold start (base), once for all seeds."""
+    return base_cell(folder, name, log, **settings) if name == "base" else subagent_cell(folder, name, log, **settings)
+
+
+def subagent_cell(folder, name, log, steps, look_ups):
+    """SFT on single look-ups; the model is never moved again."""
     tokenizer, began, tokens = _tokenizer(folder), time.perf_counter(), 0
     documents = lookup_documents(look_ups, tokenizer, name)
-    for step, (model, result) in enumerate(train_subagent(size, tokenizer, documents, steps, 0)):  # noqa: B007
+    for step, (model, result) in enumerate(train_subagent(name, tokenizer, documents, steps, 0)):  # noqa: B007
         tokens += result.tokens
         log(step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began))
     save(model, folder / "models" / name)
@@ -123,25 +129,36 @@ def subagent_cell(folder, name, log, size, steps, look_ups):
     return {"right": right, "steps": steps, "digest": frozen.digest, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def base_cell(folder, name, log, base_steps, traces, look_ups, delegating, questions):
-    """The cold start: look-ups first, so that copying is learned on short texts, then whole episodes."""
+def base_cell(folder, name, log, steps, traces, look_ups, delegating):
+    """SFT on look-ups first, so that copying is learned on short texts, then on whole episodes."""
     tokenizer, model = _tokenizer(folder), build("orchestrator", _tokenizer(folder), 0)
-    episodes = [document for document in cold_start(traces, tokenizer, 0, delegating) if len(document.ids) <= 768]
-    stages = (("look-ups", lookup_documents(look_ups, tokenizer, "base"), SFTConfig(400 * base_steps // 1000, 8, 384, 6e-3, 4e-3, floor=0.5)),
-              ("episodes", episodes, SFTConfig(base_steps, 6, 768, 6e-3, 4e-3)))  # fmt: skip
+    episodes = [document for document in cold_start(traces, tokenizer, 0, delegating) if len(document.ids) <= EPISODE]
+    stages = (("look-ups", lookup_documents(look_ups, tokenizer, name), SFTConfig(max(steps // 4, 1), 8, 384, 6e-3, 4e-3, floor=0.5)),
+              ("episodes", episodes, SFTConfig(steps, 6, EPISODE, 6e-3, 4e-3)))  # fmt: skip
     for stage, documents, settings in stages:
         began, tokens = time.perf_counter(), 0
         for step, result in enumerate(finetune(model, documents, settings, tokenizer, 0)):
             tokens += result.tokens
             log(stage=stage, step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began))
     save(model, folder / "models" / name)
-    frozen = Frozen(_loaded(folder, "large"), tokenizer)
+    return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def start_cell(folder, name, log, questions):
+    """What the cold start can, and bounds that no policy learned: scripts, with the large subagents."""
+    tokenizer = _tokenizer(folder)
+    frozen, asked = Frozen(_loaded(folder, "large"), tokenizer), _asked(questions)
     bounds = {"serial ceiling": (lookups.serial, None), "best schedule": (lookups.planned, frozen), "random schedule": (lookups.aimless, frozen)}
-    asked = _asked(questions)
-    found = {part: _records(_answers(model, frozen, those, tokenizer, 0)) for part, those in asked.items()}
+    found = {part: _records(_answers(_loaded(folder, "base"), frozen, those, tokenizer, 0)) for part, those in asked.items()}
     return found | {"bounds": {
         bound: {part: _records(schedule_all(writer, subagents, those, tokenizer, 0)) for part, those in asked.items()}
         for bound, (writer, subagents) in bounds.items()}}  # fmt: skip
+
+
+def _records(records):
+    """What is kept of episodes: JSON, a list per field."""
+    names = ("kind", "performance", "critical", "total", "given", "width", "finished", "parallel", "redundant", "refused", "status", "time")
+    return {name: [getattr(record, name) for record in records] for name in names}
 
 
 def _asked(number):
@@ -334,14 +351,15 @@ def main(arguments=None):
         folder.mkdir(parents=True, exist_ok=True)
         write_file(folder / "config.json", json.dumps(dataclasses.asdict(t) | {"torch": torch.__version__}, indent=2) + "\n")
         _tokenizer(folder)
-        cells = {size: {"size": size, "steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
-        crew = run_cells(folder, cells, subagent_cell, {size: cell["steps"] for size, cell in cells.items()}, t.workers, "subagents")
-        cell = {name: getattr(t, name) for name in ("base_steps", "traces", "look_ups", "delegating", "questions")}
-        base = run_cells(folder, {"base": cell}, base_cell, {"base": t.base_steps + 400 * t.base_steps // 1000}, t.workers, "cold start")["base"]
+        cells = {"base": {"steps": t.base_steps, "traces": t.traces, "look_ups": t.look_ups, "delegating": t.delegating}}
+        cells |= {size: {"steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
+        rows = {name: cell["steps"] + (name == "base") * max(cell["steps"] // 4, 1) for name, cell in cells.items()}
+        models = run_cells(folder, cells, model_cell, rows, t.workers, "models")
+        start = run_cells(folder, {"start": {"questions": t.questions}}, start_cell, {}, t.workers, "start")["start"]
         settings = {name: getattr(t, name) for name in ("questions", "iterations", "pool", "prompts", "responses", "lr", "adamw_lr")}
         cells = {f"{arm}-{s}": {"arm": arm, "seed": s} | settings for s in range(t.first_seed, t.first_seed + t.seeds) for arm in t.names()}
         arms = run_cells(folder, cells, arm_cell, dict.fromkeys(cells, t.iterations), t.workers, "arms")
-        print("\n".join(report(folder, t, crew, base, arms)))
+        print("\n".join(report(folder, t, models, start, arms)))
         print(f"{folder / 'report.md'}   {(time.perf_counter() - began) / 60:.1f} minutes")
     except (StudyError, RLError, SFTError, PARLError, OSError) as error:
         print(f"train_small.py parl: {error}", file=sys.stderr)
