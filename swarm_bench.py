@@ -12,7 +12,7 @@ N answers are under way at once. Each trial runs in a process of its own. Per N:
     overhead of a step      this less what the same calls of policy and tool take one after the other without the runtime (`plain`):
                             tasks, slots, time limits, budgets, checks, the log. `collector`: the part of Python's search for garbage
     kB of a task, resident  largest resident memory over that before, which says little below 1,000 tasks
-    kB of a task, Python's  the most that Python held, by tracemalloc, in a run that is not timed; events: what the log keeps of it
+    kB of a task, Python's  the most that Python held, by tracemalloc, in a run that is not timed, up to 10,000; events: the log's part
 
 **Live.** Subagents of a model are sampled through policies.Local, two answers each at most. Side by side: all are given away in
 one step, and the engine batches them. One after another: one in each step. What they say must be the same, token for token.
@@ -48,7 +48,7 @@ from swarm_log import Log, episode
 from template import Message, ToolCall
 
 COUNTS = (1, 10, 100, 1_000, 10_000, 100_000)
-DISK = 1_000  # subagents at most whose log is on the disk, where each event is flushed
+DISK, TRACED = 1_000, 10_000  # subagents at most whose log is on the disk, each event flushed, and whose memory is traced: it takes long
 ROUND = 1_000  # subtasks of a timed trial at least: small runs are repeated within it
 FITTED = 100  # subagents from which on the exponent is fitted; below, what a run costs once counts
 GOALS = {"kilobytes": 40, "speedup": 4.5}
@@ -233,14 +233,18 @@ def trial(kind, count, *options):
             raise BenchError(f"{count} subtasks: the process died, as it does without memory; choose a smaller --largest") from None
 
 
+def _trials(counts, repeats):
+    once = [(kind, count) for kind, most in (("traced", TRACED), ("disk", DISK)) for count in counts if count <= most]
+    return once + [("timed", count) for _ in range(repeats) for count in counts]
+
+
 def measure(counts, repeats, folder, bar):
-    """All trials: once traced and, up to DISK, with the log below a folder; then `repeats` times timed, in turn. bar: of tqdm.
+    """All trials: once traced, up to TRACED, and with the log below a folder, up to DISK; then `repeats` times timed, in turn. bar: of tqdm.
 
     Returns {count: {kind: list of what its trials return}}.
     """
     found = {count: {kind: [] for kind in TRIALS} for count in counts}
-    once = [("traced", count) for count in counts] + [("disk", count) for count in counts if count <= DISK]
-    for kind, count in once + [("timed", count) for _ in range(repeats) for count in counts]:
+    for kind, count in _trials(counts, repeats):
         bar.set_postfix_str(f"{count:,} subagents, {kind}")
         found[count][kind].append(trial(kind, count, *([folder] if kind == "disk" else [])))
         bar.update()
@@ -254,7 +258,7 @@ def summarise(found):
     """What swarm_bench.json says of the null policy: points with medians and their samples, and the fit of the overhead."""
     points = []
     for count, kinds in found.items():
-        rows, (memory,) = [], kinds["traced"]
+        rows = []
         for raw in kinds["timed"]:
             steps = raw["rounds"] * (2 * count + 2) / 1e6  # in millions, for µs
             rows.append({"tasks/s": raw["rounds"] * count / raw["seconds"], "step": raw["processor"] / steps, "plain": raw["plain"] / steps,
@@ -263,7 +267,8 @@ def summarise(found):
         samples = {key: [row[key] for row in rows] for key in MEASURES}
         points.append({"count": count, "most": kinds["timed"][0]["most"], "samples": samples,
                        "median": {key: statistics.median(values) for key, values in samples.items()},
-                       "python": memory["peak"] / count / 1e3, "events": memory["kept"] / count / 1e3,
+                       "python": [raw["peak"] / count / 1e3 for raw in kinds["traced"]],
+                       "events": [raw["kept"] / count / 1e3 for raw in kinds["traced"]],
                        "disk": [count / raw["seconds"] for raw in kinds["disk"]], "raw": kinds})  # fmt: skip
     return {"points": points, "fit": _fit(points)}
 
@@ -343,10 +348,10 @@ def report(told):
              "kB of a task, resident | kB, Python's | events | tasks/s, log on disk |", "|---" * 10 + "|"]  # fmt: skip
     for p in points:
         values, m = p["samples"], p["median"]
-        disk = f"{p['disk'][0]:,.0f}" if p["disk"] else ""
+        python, events, disk = (f"{p[key][0]:,.{digits}f}" if p[key] else "" for key, digits in (("python", 1), ("events", 1), ("disk", 0)))
         lines.append(f"| {p['count']:,} | {m['tasks/s']:,.0f} ({min(values['tasks/s']):,.0f} … {max(values['tasks/s']):,.0f}) | {m['step']:.1f} | "
                      f"{m['plain']:.1f} | {m['overhead']:.1f} ({min(values['overhead']):.1f} … {max(values['overhead']):.1f}) | "
-                     f"{m['collector']:.1f} | {m['resident']:.1f} | {p['python']:.1f} | {p['events']:.1f} | {disk} |")  # fmt: skip
+                     f"{m['collector']:.1f} | {m['resident']:.1f} | {python} | {events} | {disk} |")  # fmt: skip
     lines += ["", f"Memory of a task: {last['median']['resident']:.1f} kB resident at {last['count']:,}; to reach: less than "
               f"{GOALS['kilobytes']}, {_judged(last['median']['resident'] < GOALS['kilobytes'])}.", ""]  # fmt: skip
     if f:
@@ -387,8 +392,11 @@ def plot(told, path):
         panel.errorbar(counts, middle, yerr=spread, fmt=marker, color=colour, capsize=3, markersize=5, label=label)
 
     curve(panels[0], "tasks/s", BLUE, "log in memory")
-    disk = [(p["count"], p["disk"][0]) for p in points if p["disk"]]
-    panels[0].plot(*zip(*disk), "s--", color=GREY, markersize=5, label="log on disk")
+
+    def once(panel, key, style, colour, label):
+        panel.plot(*zip(*[(p["count"], p[key][0]) for p in points if p[key]]), style, color=colour, markersize=5, label=label)
+
+    once(panels[0], "disk", "s--", GREY, "log on disk")
     panels[0].set(title="agent tasks per second", yscale="log")
     curve(panels[1], "overhead", BLUE, "overhead of the runtime")
     curve(panels[1], "plain", GREY, "the work itself")
@@ -402,8 +410,8 @@ def plot(told, path):
     large = [p for p in points if p["count"] >= 1000]  # below, resident memory comes in pieces larger than a run
     if large:
         panels[2].plot([p["count"] for p in large], [p["median"]["resident"] for p in large], "o-", color=BLUE, markersize=5, label="resident")
-    panels[2].plot(counts, [p["python"] for p in points], "s--", color=ORANGE, markersize=5, label="of Python's objects")
-    panels[2].plot(counts, [p["events"] for p in points], "^:", color=GREY, markersize=5, label="of these, events of the log")
+    once(panels[2], "python", "s--", ORANGE, "of Python's objects")
+    once(panels[2], "events", "^:", GREY, "of these, events of the log")
     panels[2].axhline(GOALS["kilobytes"], color="black", linestyle=":", label=f"limit, {GOALS['kilobytes']} kB")
     panels[2].set(title="memory of a task at the peak, kB")
     panels[2].set_ylim(bottom=0)
@@ -433,9 +441,8 @@ def run(largest, repeats, models, out):
     from checkpoint import write_file
 
     counts, before = [*(n for n in COUNTS if n < largest), largest], os.getloadavg()[0]
-    trials = len(counts) * (1 + repeats) + sum(n <= DISK for n in counts)
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=trials + 2 * repeats * len(models), unit="trial", dynamic_ncols=True) as bar:
+    with tqdm(total=len(_trials(counts, repeats)) + 2 * repeats * len(models), unit="trial", dynamic_ncols=True) as bar:
         null = summarise(measure(counts, repeats, out, bar))
         rows = [live(model, name, repeats=repeats, bar=bar) for name, model in models.items()]
     about = {"device": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(), "repeats": repeats, "load_before": before,
