@@ -1,7 +1,7 @@
 """How Agent Swarm scales: 1 to 100,000 subagents that cost nothing, and 100 of a real model in one batched engine — K2.5 report 3, E.8.
 
-    python swarm.py bench                                 all of it: some 15 minutes
-    python swarm.py bench --largest 1000 --skip-live      the beginning, in one
+    python swarm.py bench                                 all of it: 8 minutes of a processor
+    python swarm.py bench --largest 1000 --skip-live      the beginning, in one minute
 
 **Null policy.** The orchestrator creates an agent and gives N subtasks away in its first answer; each subagent searches a small corpus
 and answers with what it found; the orchestrator ends. All of it goes through the real Swarm with a slot for everybody, so that
