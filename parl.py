@@ -211,12 +211,12 @@ class SwarmEnvironment:
     """Lets a policy orchestrate: what a RolloutManager takes. Only the orchestrator's conversation becomes a Rollout.
 
     frozen: Frozen, or None for a single agent without delegation; shaping: Shaping; progress: of training, 0…1, moved by whoever
-    trains; steps: overrides the questions' budgets; context, remedy: as of Bounded, None for no limit. `take` hands out the Records
-    since the last call.
+    trains; steps: overrides the questions' budgets; context, remedy: as of Bounded, None for no limit; events: dict, takes (the events,
+    the Record) of each question's last episode by the question's key. `take` hands out the Records since the last call.
     """
 
-    def __init__(self, frozen, shaping=Shaping(), steps=None, context=None, remedy="none"):
-        self.frozen, self.shaping, self.steps, self.context, self.remedy = frozen, shaping, steps, context, remedy
+    def __init__(self, frozen, shaping=Shaping(), steps=None, context=None, remedy="none", events=None):
+        self.frozen, self.shaping, self.steps, self.context, self.remedy, self.events = frozen, shaping, steps, context, remedy, events
         self.progress, self._heard, self._earlier = 0.0, [], []
 
     async def rollout(self, question, handle, seed):
@@ -239,10 +239,13 @@ class SwarmEnvironment:
         outcome = await swarm.run()
         stages = episode(log.events)
         width = max((len({normalised(subtask.prompt) for subtask in stage.subtasks}) for stage in stages), default=0)
-        return Record(
+        record = Record(
             question.key, question.kind, seed, question.score(outcome.answer) if outcome.status == "done" else 0.0, critical_steps(stages),
             total_steps(stages), len(swarm.assigned), width, finish_reward(stages), parallel_reward(stages, self.shaping.enough), redundancy(stages),
-            refused(log.events), outcome.status, virtual_time(log.events)), stages  # fmt: skip
+            refused(log.events), outcome.status, virtual_time(log.events))  # fmt: skip
+        if self.events is not None:
+            self.events[question.key] = log.events, record
+        return record, stages
 
     def take(self):
         """Records since the last call, in an order that does not depend on who ended first."""

@@ -43,6 +43,7 @@ from rl_report import plot_arms
 from rollout import derive
 from sft import SFTConfig, SFTError, finetune
 from study import StudyError, bootstrap, read_rows, run_cells
+from swarm_trace import trace
 
 ARMS = {
     "parl": Shaping(), "single": Shaping(0.0, 0.0), "no-parallel": Shaping(first=0.0), "no-finish": Shaping(second=0.0),
@@ -67,10 +68,11 @@ class PARLConfig:
     run: str = "runs/parl"
     arms: str = "parl,single,no-parallel,no-finish,outcome,shuffled,permuted"
     seeds: int = 5
+    other_seeds: int = 5  # of the arms beside parl and single
     first_seed: int = 1  # seed 0 was used to choose the settings
     look_ups: int = 6000  # traces for the subagents
     small_steps: int = 800  # of SFT
-    large_steps: int = 900
+    large_steps: int = 1800
     traces: int = 8000  # of the cold start
     base_steps: int = 1800
     delegating: float = 0.08  # share of traces with careless delegation
@@ -93,6 +95,10 @@ class PARLConfig:
     def names(self):
         """The arms."""
         return [name.strip() for name in self.arms.split(",") if name.strip()]
+
+    def seeds_of(self, arm):
+        """The seeds of an arm."""
+        return range(self.first_seed, self.first_seed + (self.seeds if arm in ("parl", "single") else self.other_seeds))
 
 
 def _tokenizer(folder):
@@ -206,7 +212,19 @@ def arm_cell(folder, name, log, arm, seed, questions, iterations, pool, **settin
         found["contexts"] = {
             f"{remedy} {tokens}": measured(_questions(questions, max(WIDE), ("wide",)), steps=30, context=tokens, remedy=remedy)
             for remedy in (REMEDIES if arm == "single" else ("none",)) for tokens in CONTEXTS}  # fmt: skip
+        _show(folder, name, model, crew, tokenizer)
     return found | {"digest": crew.digest if crew else None}
+
+
+def _show(folder, name, model, crew, tokenizer):
+    """Pages to look into: an episode of each kind, as swarm_trace.py shows it."""
+    events, asked = {}, _questions(1)
+    _answers(model, crew, asked, tokenizer, 0, events=events)
+    for question in asked:
+        happened, record = events[question.key]
+        path = folder / "samples" / f"{name}-{question.kind}.html"
+        path.parent.mkdir(exist_ok=True)
+        write_file(path, trace(happened, {"item-F1": record.performance, "virtual seconds": record.time}))
 
 
 def _mean(values):
@@ -220,15 +238,15 @@ def _mean(values):
 def report(folder, t, crew, base, arms):
     """Write report.md, summary.json and plots from the cells. Returns the lines of the first table."""
     folder, seeds = pathlib.Path(folder), range(t.first_seed, t.first_seed + t.seeds)
-    table = lambda name, part, field: np.array([arms[f"{name}-{s}"][part][field] for s in seeds], float)  # noqa: E731
+    table = lambda name, part, field: np.array([arms[f"{name}-{s}"][part][field] for s in t.seeds_of(name)], float)  # noqa: E731
     names, summary, tables = t.names(), {}, {}
     text = [
         "# PARL: learning to work in parallel", "",
-        f"{t.seeds} seeds of RL per arm, {t.iterations} iterations of {t.prompts} questions × {t.responses} responses, all from one cold start (so that intervals "
-        "say nothing of other cold starts); held-out names, one sampled episode per question, temperature 1; 95 % intervals: bootstrap over seeds and questions. "
-        "Chance, guessing a value: 0.17 of the rows that are written down.", "",
-        f"Frozen subagents: single look-ups right {crew['small']['right']:.2f} (small, {crew['small']['parameters']:,} parameters) and {crew['large']['right']:.2f} "
-        f"(large, {crew['large']['parameters']:,}), {crew['small']['steps']:.1f} and {crew['large']['steps']:.1f} steps of at most {SUB_STEPS}. "
+        f"{t.seeds} seeds of RL of parl and single, {t.other_seeds} of the others, {t.iterations} iterations of {t.prompts} questions × "
+        f"{t.responses} responses, all from one cold start (so that intervals say nothing of other cold starts); held-out names, one sampled episode per "
+        "question, temperature 1; 95 % intervals: bootstrap over seeds and questions. Chance, guessing a value: 0.17 of the rows that are written down.", "",
+        f"Frozen subagents: single look-ups right {crew['small']['right']:.2f} (small, {crew['small']['parameters']:,} parameters) and "
+        f"{crew['large']['right']:.2f} (large, {crew['large']['parameters']:,}), {crew['small']['steps']:.1f} and {crew['large']['steps']:.1f} steps of at most {SUB_STEPS}. "
         "Their hashes are the same before and after: " + ("yes" if _unmoved(crew, arms) else "NO") + ".", "",
     ]  # fmt: skip
     for part, title in (("heldout", "Held-out questions, rows as in training (table 6)"), ("wider", f"{WIDER} rows, more than in training")):
@@ -249,11 +267,13 @@ def report(folder, t, crew, base, arms):
     text += _by_kind(t, base, table, names)
     if {"parl", "single"} <= set(names):
         text += _times(folder, t, arms, seeds, summary) + _contexts(t, arms, seeds, summary)
-    _curves(folder, t, seeds, names)
-    cell = lambda name, s: " / ".join(f"{np.mean(arms[f'{name}-{s}']['heldout'][field]):.2f}" for field in ("performance", "given"))  # noqa: E731
+    _curves(folder, t, names)
+    score = lambda found: " / ".join(f"{np.mean(found['heldout'][field]):.2f}" for field in ("performance", "given"))  # noqa: E731
+    cell = lambda name, s: score(arms[f"{name}-{s}"]) if s in t.seeds_of(name) else "–"  # noqa: E731
     text += ["## Over training (figure 4)", "", "![item-F1, subtasks, r_finish, critical and total steps](training.png)", "",
              "## By seed: item-F1 / subtasks, held-out", "", f"| seed | {' | '.join(names)} |", f"|---|{'---|' * len(names)}",
-             *(f"| {s} | {' | '.join(cell(name, s) for name in names)} |" for s in seeds), "",
+             *(f"| {s} | {' | '.join(cell(name, s) for name in names)} |" for s in sorted({s for name in names for s in t.seeds_of(name)})), "",
+             "Episodes to look into, one of each kind per arm and seed, with every agent's context: samples/*.html.", "",
              "Settings: config.json; every step: cells/*.jsonl. Settings were chosen on seed 0, which is not among these.", ""]  # fmt: skip
     write_file(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_file(folder / "report.md", "\n".join(text))
@@ -303,8 +323,8 @@ def _times(folder, t, arms, seeds, summary):
         lines.append(f"| {goal:.0%} | {cells[0]} | {cells[1]} | {ratios[0]:.2f} | {cells[2]} | {cells[3]} | {ratios[1]:.2f} |")
     plot_arms({f"item-F1 against the budget of critical steps, {WIDER} rows": curves}, folder / "budgets.png")
     return [f"## Time to reach an item-F1, {WIDER} rows (figure 8)", "",
-            "Each budget is a run of its own; the critical steps and the virtual seconds (0.02 s a token, 0.5 s a tool call) at which the mean item-F1 reaches the goal, "
-            "means over seeds; – where a seed never does. The report claims 3 … 4.5 times faster, growing with the goal.", "",
+            "Each budget is a run of its own; the critical steps and the virtual seconds (0.02 s a token, 0.5 s a tool call) at which the mean "
+            "item-F1 reaches the goal, means over seeds; – where a seed never does. The report claims 3 … 4.5 times faster, growing with the goal.", "",
             "| item-F1 | steps, single | steps, swarm | ratio | seconds, single | seconds, swarm | ratio |", "|---|---|---|---|---|---|---|",
             *(line.replace("nan", "–") for line in lines), "", "![item-F1 against the budget](budgets.png)", ""]  # fmt: skip
 
@@ -323,14 +343,14 @@ def _contexts(t, arms, seeds, summary):
         summary[f"context, {label}"] = {tokens: dataclasses.asdict(cell) for tokens, cell in zip(CONTEXTS, cells)}
         lines.append(f"| {label} | {' | '.join(map(str, cells))} |")
     return [f"## A limit of context (figure 7): item-F1 on {max(WIDE)} rows, 30 critical steps", "",
-            "The limit is of the orchestrator's or single agent's own conversation. When it is full, hide-tool-result goes on with older results blanked, discard-all "
-            "with the question alone, summary with the question and the table that the agent writes at that point. None of them was trained.", "",
+            "The limit is of the orchestrator's or single agent's own conversation. When it is full, hide-tool-result goes on with older results blanked, "
+            "discard-all with the question alone, summary with the question and the table that the agent writes at that point. None of them was trained.", "",
             f"| who | {' | '.join(f'{tokens} tokens' for tokens in CONTEXTS)} |", f"|---|{'---|' * len(CONTEXTS)}", *lines, ""]  # fmt: skip
 
 
-def _curves(folder, t, seeds, names):
+def _curves(folder, t, names):
     def band(name, key):
-        curves = np.array([[row[key] for row in read_rows(folder, f"{name}-{s}")] for s in seeds], float)  # (S,iterations)
+        curves = np.array([[row[key] for row in read_rows(folder, f"{name}-{s}")] for s in t.seeds_of(name)], float)  # (S,iterations)
         mean, spread = curves.mean(0), 1.96 * curves.std(0, ddof=1 if len(curves) > 1 else 0) / len(curves) ** 0.5
         return range(len(mean)), mean, mean - spread, mean + spread
 
@@ -357,7 +377,7 @@ def main(arguments=None):
         models = run_cells(folder, cells, model_cell, rows, t.workers, "models")
         start = run_cells(folder, {"start": {"questions": t.questions}}, start_cell, {}, t.workers, "start")["start"]
         settings = {name: getattr(t, name) for name in ("questions", "iterations", "pool", "prompts", "responses", "lr", "adamw_lr")}
-        cells = {f"{arm}-{s}": {"arm": arm, "seed": s} | settings for s in range(t.first_seed, t.first_seed + t.seeds) for arm in t.names()}
+        cells = {f"{arm}-{s}": {"arm": arm, "seed": s} | settings for arm in t.names() for s in t.seeds_of(arm)}
         arms = run_cells(folder, cells, arm_cell, dict.fromkeys(cells, t.iterations), t.workers, "arms")
         print("\n".join(report(folder, t, models, start, arms)))
         print(f"{folder / 'report.md'}   {(time.perf_counter() - began) / 60:.1f} minutes")

@@ -1,4 +1,7 @@
-"""The world to look things up in: what is asked can be found, scripts do what they say, words are tokens."""
+"""The world to look things up in: what is asked can be found, scripts do what they say, words are tokens.
+
+Run: .venv/bin/python -m pytest tests/test_lookups.py
+"""
 
 import asyncio
 import random

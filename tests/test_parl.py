@@ -1,4 +1,7 @@
-"""PARL's parts: frozen subagents, the swarm as an environment, what is trained on and what is not."""
+"""PARL's parts: frozen subagents, the swarm as an environment, what is trained on and what is not.
+
+Run: .venv/bin/python -m pytest tests/test_parl.py
+"""
 
 import asyncio
 import dataclasses

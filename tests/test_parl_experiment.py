@@ -1,4 +1,7 @@
-"""The PARL experiment end to end, with models that cannot do anything yet."""
+"""The PARL experiment end to end, with models that cannot do anything yet.
+
+Run: .venv/bin/python -m pytest tests/test_parl_experiment.py
+"""
 
 import json
 
@@ -10,7 +13,7 @@ import parl_experiment
 from parl_experiment import PARLConfig, _reached, main
 from study import StudyError
 
-TINY = ["--seeds", "1", "--arms", "parl,single", "--look-ups", "20", "--small-steps", "2", "--large-steps", "2", "--traces", "20", "--base-steps", "3",
+TINY = ["--seeds", "1", "--other-seeds", "1", "--arms", "parl,single", "--look-ups", "20", "--small-steps", "2", "--large-steps", "2", "--traces", "20", "--base-steps", "3",
         "--iterations", "2", "--prompts", "2", "--responses", "2", "--pool", "6", "--questions", "1", "--workers", "0"]  # fmt: skip
 
 
@@ -31,6 +34,8 @@ def test_it_runs_reports_and_goes_on(small, tmp_path, capsys):
         assert part in text
     assert summary["best schedule"]["heldout"]["performance"]["mean"] <= 1.0 == summary["serial ceiling"]["wider"]["critical"]["mean"] ** 0
     assert (folder / "training.png").stat().st_size > 5000 and (folder / "budgets.png").stat().st_size > 3000
+    pages = sorted(path.name for path in (folder / "samples").iterdir())
+    assert len(pages) == 12 and "parl-1-wide.html" in pages and "item-F1" in (folder / "samples" / "single-1-deep.html").read_text()
     rows = (folder / "cells" / "parl-1.jsonl").read_text().splitlines()
     assert len(rows) == 2 and {"performance", "given", "critical", "given single"} <= json.loads(rows[0]).keys()
     before = (folder / "cells" / "parl-1.json").stat().st_mtime_ns
