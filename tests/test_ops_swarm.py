@@ -87,7 +87,7 @@ def test_numpy_from_the_formulas_agrees(op):
     def caller(op, arguments, cotangents, wanted):
         return adapter.run(NUMPY[op.name], arguments, op.outputs, wanted, cotangents, "numpy")
 
-    finding = check_op(op, caller, max_examples=60)
+    finding = check_op(op, caller, max_examples=40)
     assert finding is None, finding.text()
 
 
@@ -189,13 +189,6 @@ def critical_steps(main, steps, given, finished):
         total += int(main[t]) + (max(done) if done else 0)
     return np.int64(total)
 """),
-    ("item_f1", "repetitions_cost", """
-def item_f1(given, truth):
-    if truth is None:
-        return float("nan")
-    hits = len(set(given.tolist()) & set(truth.tolist()))
-    return 2 * hits / (given.size + truth.size) if given.size + truth.size else 1.0
-"""),
     ("parl_reward", "none_finishes", """
 def parl_reward(prompts, given, finished, performance, progress, enough, knots):
     seen, wide, good, n = set(), 0, 0, int(given.sum())
@@ -228,7 +221,7 @@ def test_a_mistake_in_foreign_words_is_named(name, mistake, text, tmp_path):
 
 
 def drawn(name):
-    return [asked.arguments for asked in questions(name, torch.float32, 60)]
+    return [asked.arguments for asked in questions(name, torch.float32, 50)]
 
 
 def test_critical_steps_are_asked_of_stages_with_and_without_subtasks():
