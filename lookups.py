@@ -1,8 +1,8 @@
 """A small world of pages to look things up in: questions, scripted agents, and a vocabulary of its words — for PARL, K2.5 report 3.
 
     question = draw(random.Random(0), "wide", rows=4)
-    question.text            "table of colour for 1 k27, 2 b31, 3 m90, 4 t12"
-    question.pages           {"p17.md": "k27\\ncity rome\\ncolour red\\nfriend b31", "p52.md": "old k27\\n…", …}
+    question.text            "table of colour for 1 k27, 2 k31, 3 k90, 4 k12"
+    question.pages           {"p17.md": "k27\\ncity rome\\ncolour red\\nfriend k31", "p52.md": "old k27\\n…", …}
     question.truth           {("1 k27", "colour", "red"), …}: items as critical.table_items reads them off an answer
 
 Every question has pages of its own, so that nothing can be known without looking. To look up an attribute of somebody takes a
@@ -16,7 +16,8 @@ wide search, deep search, long documents, batch download):
     single     one attribute of one person        } with so few steps that
     chain      that of the friend of one person   } only serial work ends in time
 
-No question says how to work. Names are a letter and a number; for held-out questions pairs of them that training never shows.
+No question says how to work. Names are numbers: k27 a person, f27 a file, p27 a page. Held-out questions are about persons whose numbers
+are no person's in training.
 
 `serial`, `careless`, `planned` and `aimless` answer as a swarm's orchestrator would, `look_up` as its subagents, each by a script: a
 generator of what traces.Scribe writes. The first two make the orchestrator's cold start; the others are bounds.
@@ -45,7 +46,6 @@ VALUES = {
     "mark": ("oak", "elm", "fir", "ash", "bay", "yew"), "code": ("iron", "zinc", "lead", "tin", "coal", "salt"),
 }  # fmt: skip
 ATTRIBUTES = ("colour", "city", "food", "pet")  # of persons
-LETTERS = "abceghjklmnorstuvwxyz"  # p is for pages, f for files
 NUMBERS = range(10, 100)
 SYSTEM = "answer with a table"  # what the orchestrator is told first
 WORKER, ROLE = "worker", "look things up"  # the kind of subagent that scripts create
@@ -84,18 +84,10 @@ class Question:
         return self.kind
 
 
-def _heldout(letter, number):
-    """Whether a name is for held-out questions: one in five."""
-    return (LETTERS.index(letter) + number) % 5 == 0
-
-
 def _names(rng, count, split):
-    """Different names with different numbers."""
-    numbers, names = rng.sample(NUMBERS, len(NUMBERS)), []
-    while len(names) < count:
-        number = numbers.pop()
-        names.append(f"{rng.choice([letter for letter in LETTERS if _heldout(letter, number) == (split == 'heldout')])}{number}")
-    return names
+    """Different persons; one number in three is for held-out questions."""
+    numbers = [n for n in NUMBERS if (n % 3 == 0) == (split == "heldout")]
+    return [f"k{n}" for n in rng.sample(numbers, count)]
 
 
 def _person(rng, name, friend, known):
@@ -111,8 +103,8 @@ def draw(rng, kind, rows=None, split="train", steps=None):
         raise QuestionError(f"kind {kind!r}, split {split!r}: one of {', '.join(KINDS)}; train or heldout")
     alone = kind in ALONE
     rows = rows or (1 if alone else rng.randint(3, 6))
-    if alone and rows != 1 or not 1 <= rows <= 16:
-        raise QuestionError(f"{rows} rows of kind {kind}: 1 to 16, and 1 for single and chain")
+    if alone and rows != 1 or not 1 <= rows <= 12:
+        raise QuestionError(f"{rows} rows of kind {kind}: 1 to 12, and 1 for single and chain")
     if kind in ("document", "download"):
         names, columns, pages, values = _files(rng, kind, rows)
     else:
@@ -132,7 +124,8 @@ def _people(rng, kind, rows, split):
     names = _names(rng, rows * count + 2, split)
     asked, others, stranger = names[:rows], names[rows : rows * count], names[-1]
     columns = rng.sample(ATTRIBUTES, 2 if kind == "wide" and rows <= 3 and rng.random() < 0.5 else 1)
-    numbers, pages, values = iter(rng.sample(NUMBERS, 4 * rows * count + 8)), {}, {}
+    free = [n for n in NUMBERS if f"k{n}" not in names]
+    numbers, pages, values = iter(rng.sample(free, len(free))), {}, {}
     known = lambda: {what: rng.choice(VALUES[what]) for what in dict.fromkeys([*columns, *rng.sample(ATTRIBUTES, 2)])}  # noqa: E731
     for place, name in enumerate([*asked, *others, names[-2]]):
         facts = known()
@@ -369,7 +362,7 @@ def _texts():
     """What is said in this world, names apart: every form of every word."""
     words = ["friend", "moved", "note", "old", "unknown", "name", "part", "table", "of", "for", WORKER, *VALUES, *(v for values in VALUES.values() for v in values)]
     forms = [form for word in words for form in (f"x {word}", f'{{"{word}', f"\n{word}")]
-    numbers = [f"k{n}, {n}" for n in range(100)] + [f'"{letter}1 {letter}2 | {letter}3' for letter in LETTERS + "pf"]
+    numbers = [f"k{n}, {n}" for n in range(100)] + [f'"{letter}1 {letter}2 | {letter}3' for letter in "kpf"]
     calls = [json.dumps({key: "k27"}, separators=(",", ":")) for key in ("query", "page", "name", "prompt")]
     calls.append(json.dumps({"agent": WORKER, "prompt": "k27 colour"}, separators=(",", ":")))
     calls.append(json.dumps({"name": WORKER, "system_prompt": ROLE}, separators=(",", ":")))
