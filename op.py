@@ -166,7 +166,8 @@ def _compare_plain(what, actual, expected):
     if isinstance(actual, torch.Tensor):
         actual = actual.tolist()
     if isinstance(expected, float) and isinstance(actual, int | float):
-        if abs(actual - expected) <= NUMBER_TOLERANCE * max(abs(expected), 1e-30):
+        near = math.isfinite(expected) and abs(actual - expected) <= NUMBER_TOLERANCE * max(abs(expected), 1e-30)
+        if near or actual == expected or math.isnan(actual) and math.isnan(expected):
             return None
         gap = abs(actual - expected)
         relative = gap / max(abs(expected), 1e-30)

@@ -120,3 +120,10 @@ def test_a_seed_gives_one_tensor(seed):
 def test_describe_shows_small_tensors_whole_and_large_ones_by_their_beginning():
     lines = describe({"x": torch.arange(3.0), "big": torch.zeros(5, 5), "eps": 1e-5})
     assert "(3) float32" in lines[0] and "[0.0, 1.0, 2.0]" in lines[0] and "…" in lines[1] and "1e-05" in lines[2]
+
+
+def test_plain_numbers_that_are_no_number_or_endless_equal_themselves_alone():
+    nan, endless = float("nan"), float("inf")
+    assert difference(nan, nan) is None and difference(endless, endless) is None and difference(1.0, 1.0) is None
+    for actual, expected in ((1.0, nan), (nan, 1.0), (endless, -endless), (1.0, endless), (nan, endless)):
+        assert difference(actual, expected) is not None, (actual, expected)
