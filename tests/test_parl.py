@@ -56,8 +56,9 @@ def test_only_answers_of_the_orchestrator_carry_loss(tokenizer, frozen):
     rollout = policy.rollout()
     said = tokenizer.decode([i for i, own in zip(rollout.ids, rollout.generated) if own])
     heard = tokenizer.decode([i for i, own in zip(rollout.ids, rollout.generated) if not own])
-    assert said.count("assign_task:") == 3 and "Return of" not in said and question.text not in said
-    assert heard.count("## Return of functions.assign_task") == 3 and SECTION_BEGIN not in heard
+    given = len(question.truth)
+    assert said.count("assign_task:") == given and "Return of" not in said and question.text not in said
+    assert heard.count("## Return of functions.assign_task") == given and SECTION_BEGIN not in heard
     assert len(rollout.logprobs) == sum(rollout.generated) and handle.seed == 0
 
 
@@ -65,7 +66,7 @@ def test_subagents_are_sampled_by_their_own_model_and_never_move(tokenizer, froz
     """Their parameter hash is unchanged by training, and no gradient is there; one that is touched is found."""
     model = build("orchestrator", tokenizer, 1)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    settings = RLConfig(prompts=1, responses=4, slots=8, capacity=256, max_new_tokens=24, rows=4, lr=1e-2)
+    settings = RLConfig(prompts=1, responses=4, slots=8, capacity=256, max_new_tokens=12, rows=4, lr=1e-2)
     environment = SwarmEnvironment(frozen)
     with Learner(model, environment, lookups.pool(2, 0, ("single",)), tokenizer, settings) as learner:
         rollouts, _ = learner.iterate()
@@ -202,23 +203,23 @@ def test_over_the_limit_nonetheless_the_context_is_full(tokenizer):
 
 
 def test_the_cold_start_is_mostly_serial_and_the_same_each_time(tokenizer):
-    first, second = cold_start(40, tokenizer, 3), cold_start(40, tokenizer, 3)
+    first, second = cold_start(16, tokenizer, 3), cold_start(16, tokenizer, 3)
     assert first == second
-    delegating = [document for document in cold_start(200, tokenizer, 3) if "assign_task:" in tokenizer.decode(document.ids)]
-    assert 2 <= len(delegating) <= 30
+    delegating = [document for document in cold_start(100, tokenizer, 3) if "assign_task:" in tokenizer.decode(document.ids)]
+    assert 2 <= len(delegating) <= 20
     assert not [d for d in cold_start(40, tokenizer, 3, delegating=0.0) if "assign_task:" in tokenizer.decode(d.ids)]
 
 
 def test_lookups_are_learned_from_and_measured(tokenizer):
-    documents = lookup_documents(30, tokenizer, 0)
+    documents = lookup_documents(16, tokenizer, 0)
     assert all("Return of functions.browse" in tokenizer.decode(d.ids) or "unknown" in tokenizer.decode(d.ids) for d in documents)
-    losses = [result.loss for _, result in train_subagent("small", tokenizer, documents, 12, 0)]
-    assert losses[-1] < losses[0] - 1.0
+    losses = [result.loss for _, result in train_subagent("small", tokenizer, documents, 5, 0)]
+    assert losses[-1] < losses[0] - 0.5
 
 
 def test_measuring_gives_one_record_per_question_in_any_company(tokenizer, frozen):
     model, questions = build("orchestrator", tokenizer, 1), lookups.pool(4, 0, ("single", "chain"))
-    options = {"capacity": 256, "max_new_tokens": 24}
+    options = {"capacity": 256, "max_new_tokens": 10}
     records = answer_all(model, SwarmEnvironment(frozen), questions, tokenizer, 0, **options)
     assert [r.key for r in records] == [q.key for q in questions]
     assert records == answer_all(model, SwarmEnvironment(frozen), questions, tokenizer, 0, slots=2, **options)
