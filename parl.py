@@ -40,9 +40,9 @@ from traces import Scribe
 
 SUB_STEPS = 5  # of a subagent, per subtask
 SIZES = {  # beside preset "toy"; the tower, which sees nothing here, is as small as it gets
-    "orchestrator": {"hidden_size": 128, "num_hidden_layers": 3},
-    "small": {"hidden_size": 64, "num_hidden_layers": 2},
-    "large": {"hidden_size": 96, "num_hidden_layers": 3},
+    "orchestrator": {"hidden_size": 128, "num_hidden_layers": 3, "qk_nope_head_dim": 32, "v_head_dim": 32},
+    "small": {"hidden_size": 64, "num_hidden_layers": 2, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    "large": {"hidden_size": 96, "num_hidden_layers": 3, "qk_nope_head_dim": 16, "v_head_dim": 16},
 }
 TOWER = {"vt_hidden_size": 16, "vt_num_attention_heads": 2, "vt_num_hidden_layers": 1, "vt_intermediate_size": 16}
 
@@ -60,7 +60,7 @@ def build(size, tokenizer, seed):
     torch.manual_seed(seed)
     return K25(dataclasses.replace(
         toy, vocab_size=tokenizer.vocab_size, intermediate_size=2 * width, moe_intermediate_size=width // 2, q_lora_rank=width // 2,
-        kv_lora_rank=width // 2, qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=8, initializer_range=0.04, max_position_embeddings=1024,
+        kv_lora_rank=width // 2, n_routed_experts=8, initializer_range=0.04, max_position_embeddings=1024,
         bos_token_id=tokenizer.bos, eos_token_id=tokenizer.eos, pad_token_id=tokenizer.pad, media_placeholder_token_id=tokenizer.media_pad,
         vision=dataclasses.replace(toy.vision, text_hidden_size=width, mm_hidden_size=None, **TOWER), **SIZES[size]))  # fmt: skip
 

@@ -31,7 +31,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def tiny():
     """Models of no size: nothing here is about what they can."""
-    sizes, parl.SIZES = parl.SIZES, {name: {"hidden_size": 32, "num_hidden_layers": 2} for name in parl.SIZES}
+    sizes, parl.SIZES = parl.SIZES, {name: {"hidden_size": 32, "num_hidden_layers": 2, "qk_nope_head_dim": 16, "v_head_dim": 16} for name in parl.SIZES}
     yield
     parl.SIZES = sizes
 
