@@ -615,13 +615,13 @@ def train(options, folder, tokenizer):
         if some:
             right, number, low, high = accuracy(some)
             lines.append(f"| {name} | {right / number:.3f} | {low:.3f} – {high:.3f} | {number} |")
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), gridspec_kw={"width_ratios": (1.0, 1.7, 1.0), "wspace": 0.35})
+    figure, axes = plt.subplots(1, 3, figsize=(17, 4.6), gridspec_kw={"width_ratios": (1.0, 2.0, 1.0), "wspace": 0.45})
     axes[0].semilogy(losses, color=BLUE, linewidth=0.8)
     axes[0].set(title="loss, nats per token", xlabel="step")
     for place, (kind, name) in enumerate(itertools.product(KINDS, every["rubric"])):
         if some := [p for p in pairs if (p.kind, p.rubric) == (kind, name)]:
             (x, y), share = divmod(place, len(RUBRICS)), accuracy(some)[0] / len(some)
-            axes[1].text(x, y, f"{share:.2f}\n{len(some):4}", ha="center", va="center", fontsize=8, backgroundcolor=plt.cm.RdYlGn(share))
+            axes[1].text(x, y, f"{share:.2f}\n{len(some):4}", ha="center", va="center", fontsize=7, backgroundcolor=plt.cm.RdYlGn(share))
     axes[1].set(xlim=(-0.5, len(KINDS) - 0.5), ylim=(len(RUBRICS) - 0.5, -0.5), title="share of pairs graded rightly, and pairs; chance 0.5")
     axes[1].set(xticks=range(len(KINDS)), xticklabels=KINDS, yticks=range(len(RUBRICS)), yticklabels=every["rubric"])
     axes[2].plot((0, 9), (0, 9), color=GREY, linestyle=":")
