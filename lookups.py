@@ -22,7 +22,7 @@ are no person's in training.
 `serial`, `careless`, `planned` and `aimless` answer as a swarm's orchestrator would, `look_up` as its subagents, each by a script: a
 generator of what traces.Scribe writes. The first two make the orchestrator's cold start; the others are bounds.
 
-Public names: Question, KINDS, draw, pool, serial, careless, planned, aimless, look_up, single_lookup, vocabulary, merges, QuestionError.
+Public names: Question, KINDS, draw, pool, serial, careless, planned, aimless, look_up, single_lookup, findings, vocabulary, merges, QuestionError.
 Tests: pytest tests/test_lookups.py
 """
 
@@ -324,6 +324,17 @@ def single_lookup(rng, split="train"):
         name = rng.choice([page.split("\n")[0] for page in question.pages.values() if not page.startswith("old")]) if rng.random() < 0.9 else name
         name = _names(rng, 1, split)[0] if rng.random() < 0.05 else name
     return f"{name} {what}", question.pages
+
+
+def findings(question):
+    """What a perfect reader would note of a question, lines such as `k27 colour red`; of a deep one the friends as well."""
+    people, lines = {page.split("\n")[0]: page for page in question.pages.values()}, []
+    values = {(row.split()[1], column): value for row, column, value in question.truth}
+    for row, column in _steps_of(question):
+        friend = _value("friend", people[row]) if question.kind in ("deep", "chain") else None
+        lines += [f"{row} friend {friend}"] if friend else []
+        lines.append(f"{friend or row} {column} {values[row, column]}")
+    return list(dict.fromkeys(lines))
 
 
 # ------------------------------------------------------------------------------------------- vocabulary

@@ -11,7 +11,7 @@ The policy sees tools and questions; no prompt and no trace shows a good decompo
 they are sampled by another, smaller model, whose tokens are in no rollout and whose weights never change (`Frozen.check`).
 An agent's own calls come one per answer, in the single agent as in the swarm: what is to run side by side must be given away.
 
-Public names: PARLError, SIZES, build, train_subagent, lookup_documents, cold_start, Frozen, Shaping, Record, SwarmEnvironment,
+Public names: PARLError, SIZES, build, train_subagent, lookup_documents, table_documents, cold_start, Frozen, Shaping, Record, SwarmEnvironment,
 Bounded, REMEDIES, virtual_time, answer_all, schedule_all, score_lookups.     Tests: pytest tests/test_parl.py
 """
 
@@ -143,6 +143,28 @@ class Frozen:
 
 def _limits(steps):
     return Limits(critical_steps=steps, main_steps=steps, sub_steps=SUB_STEPS, own_calls=1)
+
+
+def table_documents(number, tokenizer, seed):
+    """Conversations in which the findings stand in the question, in any order, and only the table is to be written: practice in reading."""
+
+    async def one(index):
+        rng = random.Random(f"{seed} table {index}")
+        kind = rng.choice(lookups.KINDS)
+        question = lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 8))
+        lines = lookups.findings(question)
+        values = {(row.split()[1], column): value for row, column, value in question.truth}
+        scribe = Scribe(tokenizer, iter([("", lookups.table(question, values), [])]))
+        talk = scribe.conversation()
+        talk.system(lookups.SYSTEM)
+        talk.user("\n".join([question.text, *rng.sample(lines, len(lines))]))
+        await scribe.answer(talk)
+        return encoded(talk, "table")
+
+    async def every():
+        return [await one(index) for index in range(number)]
+
+    return asyncio.run(every())
 
 
 def cold_start(number, tokenizer, seed, delegating=0.06, kinds=lookups.KINDS):

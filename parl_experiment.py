@@ -36,7 +36,7 @@ import lookups
 from checkpoint import write_file
 from k25 import load, save
 from parl import REMEDIES, SUB_STEPS, Frozen, PARLError, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents
-from parl import schedule_all, score_lookups, train_subagent
+from parl import schedule_all, score_lookups, table_documents, train_subagent
 from rl import Learner, RLConfig, RLError
 from rl_job import add_flags, take_flags
 from rl_report import plot_arms
@@ -74,7 +74,7 @@ class PARLConfig:
     small_steps: int = 900  # of SFT
     large_steps: int = 1000
     traces: int = 8000  # of the cold start
-    base_steps: int = 1000
+    base_steps: int = 700  # of each of its two stages
     delegating: float = 0.08  # share of traces with careless delegation
     iterations: int = 30
     prompts: int = 8
@@ -136,11 +136,11 @@ def subagent_cell(folder, name, log, steps, look_ups):
 
 
 def base_cell(folder, name, log, steps, traces, look_ups, delegating):
-    """SFT on look-ups first, so that copying is learned on short texts, then on whole episodes."""
+    """SFT on look-ups and tables first, so that copying is learned on short texts, then on whole episodes."""
     tokenizer, model = _tokenizer(folder), build("orchestrator", _tokenizer(folder), 0)
+    practice = lookup_documents(look_ups // 2, tokenizer, name) + table_documents(look_ups, tokenizer, name)
     episodes = [document for document in cold_start(traces, tokenizer, 0, delegating) if len(document.ids) <= EPISODE]
-    stages = (("look-ups", lookup_documents(look_ups, tokenizer, name), SFTConfig(max(steps // 4, 1), 8, 384, 6e-3, 4e-3, floor=0.5)),
-              ("episodes", episodes, SFTConfig(steps, 6, EPISODE, 6e-3, 4e-3)))  # fmt: skip
+    stages = (("practice", practice, SFTConfig(steps, 8, 384, 6e-3, 4e-3, floor=0.5)), ("episodes", episodes, SFTConfig(steps, 6, EPISODE, 6e-3, 4e-3)))
     for stage, documents, settings in stages:
         began, tokens = time.perf_counter(), 0
         for step, result in enumerate(finetune(model, documents, settings, tokenizer, 0)):
@@ -373,7 +373,7 @@ def main(arguments=None):
         _tokenizer(folder)
         cells = {"base": {"steps": t.base_steps, "traces": t.traces, "look_ups": t.look_ups, "delegating": t.delegating}}
         cells |= {size: {"steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
-        rows = {name: cell["steps"] + (name == "base") * max(cell["steps"] // 4, 1) for name, cell in cells.items()}
+        rows = {name: cell["steps"] * (1 + (name == "base")) for name, cell in cells.items()}
         models = run_cells(folder, cells, model_cell, rows, t.workers, "models")
         start = run_cells(folder, {"start": {"questions": t.questions}}, start_cell, {}, t.workers, "start")["start"]
         settings = {name: getattr(t, name) for name in ("questions", "iterations", "pool", "prompts", "responses", "lr", "adamw_lr")}

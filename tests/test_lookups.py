@@ -126,6 +126,15 @@ def test_single_lookups_find_what_is_there(tokenizer):
     assert 80 < known < 100
 
 
+def test_findings_say_all_that_the_table_needs():
+    for seed, kind in enumerate(KINDS * 3):
+        question = draw(random.Random(seed), kind)
+        found = {tuple(line.split()[:2]): line.split()[2] for line in lookups.findings(question)}
+        for label, column, value in question.truth:
+            row = label.split()[1]
+            assert found[found[row, "friend"] if kind in ("deep", "chain") else row, column] == value
+
+
 def test_merges_by_hand():
     """aab ×3, ab ×2: first ab (5), then a+ab (3)."""
     assert merges({b"aab": 3, b"ab": 2}, 2)[256:] == [b"ab", b"aab"]

@@ -14,7 +14,7 @@ import torch
 import lookups
 import parl
 from critical import longest_path
-from parl import PARLError, Bounded, Frozen, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents, schedule_all, train_subagent, virtual_time
+from parl import PARLError, Bounded, Frozen, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents, schedule_all, table_documents, train_subagent, virtual_time
 from policies import ContextFullError, Local
 from rl import Learner, RLConfig
 from rollout import Handle, Sampling
@@ -215,6 +215,16 @@ def test_lookups_are_learned_from_and_measured(tokenizer):
     assert all("Return of functions.browse" in tokenizer.decode(d.ids) or "unknown" in tokenizer.decode(d.ids) for d in documents)
     losses = [result.loss for _, result in train_subagent("small", tokenizer, documents, 5, 0)]
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_tables_to_practise_on_can_be_read_off_what_stands_in_the_question(tokenizer):
+    for document in table_documents(30, tokenizer, 0):
+        text = tokenizer.decode(document.ids)
+        asked, _, table = text.partition("</think>")
+        rows = [line.strip("| ").split(" | ") for line in table.replace("<|im_end|>", "").split("\n")[2:]]
+        assert rows and all(label in asked and value in asked for label, *values in rows for value in values)
+        said = tokenizer.decode([i for i, own in zip(document.ids, document.loss) if own])
+        assert said == table
 
 
 def test_measuring_gives_one_record_per_question_in_any_company(tokenizer, frozen):
