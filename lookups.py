@@ -1,9 +1,9 @@
 """A small world of pages to look things up in: questions, scripted agents, and a vocabulary of its words — for PARL, K2.5 report 3.
 
     question = draw(random.Random(0), "wide", rows=4)
-    question.text            "table of colour for 1 k27, 2 k31, 3 k90, 4 k12"
-    question.pages           {"p17.md": "k27\\ncity rome\\ncolour red\\nfriend k31", "p52.md": "old k27\\n…", …}
-    question.truth           {("1 k27", "colour", "red"), …}: items as critical.table_items reads them off an answer
+    question.text            "table of colour for a27, b31, c90, d12"
+    question.pages           {"p17.md": "a27\\ncity rome\\ncolour red\\nfriend s31", "p52.md": "old a27\\n…", …}
+    question.truth           {("a27", "colour", "red"), …}: items as critical.table_items reads them off an answer
 
 Every question has pages of its own, so that nothing can be known without looking. To look up an attribute of somebody takes a
 search, which also finds outdated pages and pages of friends, and reading the right page. Kinds of questions (the report's:
@@ -16,8 +16,8 @@ wide search, deep search, long documents, batch download):
     single     one attribute of one person        } with so few steps that
     chain      that of the friend of one person   } only serial work ends in time
 
-No question says how to work. Names are numbers: k27 a person, f27 a file, p27 a page. Held-out questions are about persons whose numbers
-are no person's in training.
+No question says how to work. Rows are named a…, b…, c… with a number, so that a small model can find its place; p is for
+pages. The numbers of held-out persons are no person's in training.
 
 `serial`, `careless`, `planned` and `aimless` answer as a swarm's orchestrator would, `look_up` as its subagents, each by a script: a
 generator of what traces.Scribe writes. The first two make the orchestrator's cold start; the others are bounds.
@@ -46,7 +46,7 @@ VALUES = {
     "mark": ("oak", "elm", "fir", "ash", "bay", "yew"), "code": ("iron", "zinc", "lead", "tin", "coal", "salt"),
 }  # fmt: skip
 ATTRIBUTES = ("colour", "city", "food", "pet")  # of persons
-NUMBERS = range(10, 100)
+NUMBERS, ROWS, OTHERS = range(10, 100), "abcdefghijkl", "mnoqrstuvwxyz"  # letters of rows, and of everybody else
 SYSTEM = "answer with a table"  # what the orchestrator is told first
 WORKER, ROLE = "worker", "look things up"  # the kind of subagent that scripts create
 STEPS = {"wide": 7, "deep": 11, "document": 5, "download": 6, "single": 4, "chain": 6}  # what the better way to work needs, and a little more
@@ -84,10 +84,10 @@ class Question:
         return self.kind
 
 
-def _names(rng, count, split):
-    """Different persons; one number in three is for held-out questions."""
-    numbers = [n for n in NUMBERS if (n % 3 == 0) == (split == "heldout")]
-    return [f"k{n}" for n in rng.sample(numbers, count)]
+def _names(rng, rows, others, split):
+    """(names of the rows, names of others), all with different numbers; one number in three is for held-out questions."""
+    numbers = rng.sample([n for n in NUMBERS if (n % 3 == 0) == (split == "heldout")], rows + others)
+    return [f"{letter}{n}" for letter, n in zip(ROWS, numbers[:rows])], [f"{rng.choice(OTHERS)}{n}" for n in numbers[rows:]]
 
 
 def _person(rng, name, friend, known):
@@ -110,26 +110,25 @@ def draw(rng, kind, rows=None, split="train", steps=None):
     else:
         names, columns, pages, values = _people(rng, kind, rows, split)
     about = f"{columns[0]} of friend" if kind in ("deep", "chain") else ", ".join(columns)
-    labels = [f"{place} {name}" for place, name in enumerate(names, 1)]
-    text = f"table of {about} for {', '.join(labels)}"
+    text = f"table of {about} for {', '.join(names)}"
     pages = {f"{name}.md": page for name, page in sorted(pages.items(), key=lambda _: rng.random())}
-    truth = frozenset((label, column, values[name, column]) for label, name in zip(labels, names) for column in columns)
+    truth = frozenset((name, column, values[name, column]) for name in names for column in columns)
     return Question(kind, text, pages, truth, tuple(names), tuple(columns), steps or STEPS[kind], f"{kind} {text}")
 
 
 def _people(rng, kind, rows, split):
     """Persons, their friends, outdated pages, and a stranger."""
     hops = kind in ("deep", "chain")
-    count = 1 + hops
-    names = _names(rng, rows * count + 2, split)
-    asked, others, stranger = names[:rows], names[rows : rows * count], names[-1]
+    asked, more = _names(rng, rows, rows * hops + 2, split)
+    others, bystander, stranger = more[: rows * hops], more[-2], more[-1]
     columns = rng.sample(ATTRIBUTES, 2 if kind == "wide" and rows <= 3 and rng.random() < 0.5 else 1)
-    free = [n for n in NUMBERS if f"k{n}" not in names]
+    taken = {name[1:] for name in (*asked, *more)}
+    free = [n for n in NUMBERS if str(n) not in taken]
     numbers, pages, values = iter(rng.sample(free, len(free))), {}, {}
     known = lambda: {what: rng.choice(VALUES[what]) for what in dict.fromkeys([*columns, *rng.sample(ATTRIBUTES, 2)])}  # noqa: E731
-    for place, name in enumerate([*asked, *others, names[-2]]):
+    for place, name in enumerate([*asked, *others, bystander]):
         facts = known()
-        friend = others[place] if hops and place < rows else rng.choice(names[:-1])
+        friend = others[place] if hops and place < rows else rng.choice([*asked, *others, bystander])
         pages[f"p{next(numbers)}"] = _person(rng, name, friend if friend != name else stranger, facts)
         if rng.random() < 0.5:
             pages[f"p{next(numbers)}"] = _person(rng, f"old {name}", stranger, known())
@@ -144,14 +143,13 @@ def _people(rng, kind, rows, split):
 def _files(rng, kind, rows):
     """Parts of a document; or files, some of which say where they have gone."""
     column = "mark" if kind == "document" else "code"
-    first = rng.randint(1, 80)
-    names = [f"part{first + n}" for n in range(rows)] if kind == "document" else [f"f{n}" for n in rng.sample(NUMBERS, rows)]
-    spare = iter(rng.sample([n for n in NUMBERS if f"f{n}" not in names], rows))
+    numbers = rng.sample(NUMBERS, 2 * rows)
+    names, spare = [f"{letter}{n}" for letter, n in zip(ROWS, numbers[:rows])], iter(numbers[rows:])
     pages, values = {}, {}
     for name in names:
         value = values[name, column] = rng.choice(VALUES[column])
         lines = rng.sample([f"{column} {value}", f"note {rng.choice(VALUES['city'])}"], 2)
-        where = f"f{next(spare)}" if kind == "download" and rng.random() < 0.4 else name
+        where = f"{rng.choice(OTHERS)}{next(spare)}" if kind == "download" and rng.random() < 0.4 else name
         if where != name:
             pages[name] = f"{name}\nmoved {where}"
         pages[where] = "\n".join([where, *lines])
@@ -187,7 +185,7 @@ def _read(name, what, pages, lines):
     where = f"{name}.md"
     if name in pages:
         return _value(what, pages[name]), False
-    if not re.match(r"part|f\d", name):
+    if what not in ("mark", "code"):  # files stand under their names
         seen = yield "", _said(lines), [("search", {"query": name})]
         where = _page_of(name, seen)
         if STEP_LEFT in seen or where is None:
@@ -209,10 +207,10 @@ def _said(lines):
 def table(question, values):
     """The final answer: what is known of {(row, column): value}, a Markdown table. Rows of which nothing is known are left out."""
     lines = [f"| name | {' | '.join(question.columns)} |", "|" + " - |" * (1 + len(question.columns))]
-    for place, row in enumerate(question.rows, 1):
+    for row in question.rows:
         cells = [values.get((row, column)) or "" for column in question.columns]
         if any(cells):
-            lines.append(f"| {place} {row} | {' | '.join(cells)} |")
+            lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -231,7 +229,7 @@ def serial(question, rng=None, values=None):
             continue
         name = row
         for what in path:
-            lines += [f"{question.rows.index(row) + 1} {row}"] if name == row and row not in pages else []
+            lines += [row] if name == row and row not in pages else []
             found, late = yield from _read(name, what, pages, lines)
             lines += [f"{name} {what} {found}"] if found else []
             name = None if late and what != path[-1] else found
@@ -305,7 +303,7 @@ def aimless(question, rng):
 
 
 def look_up(prompt):
-    """A subagent: `k27 colour` → `k27 colour red`. What it does not understand or find is unknown."""
+    """A subagent: `a27 colour` → `a27 colour red`. What it does not understand or find is unknown."""
     asked = re.fullmatch(r"(\w+) (\w+)", prompt)
     if not asked:
         yield "", "unknown", []
@@ -322,14 +320,14 @@ def single_lookup(rng, split="train"):
     if question.kind in ("wide", "deep"):
         what = rng.choice((*question.columns, "friend", rng.choice(ATTRIBUTES)))
         name = rng.choice([page.split("\n")[0] for page in question.pages.values() if not page.startswith("old")]) if rng.random() < 0.9 else name
-        name = _names(rng, 1, split)[0] if rng.random() < 0.05 else name
+        name = _names(rng, 0, 1, split)[1][0] if rng.random() < 0.05 else name
     return f"{name} {what}", question.pages
 
 
 def findings(question):
-    """What a perfect reader would note of a question, lines such as `k27 colour red`; of a deep one the friends as well."""
+    """What a perfect reader would note of a question, lines such as `a27 colour red`; of a deep one the friends as well."""
     people, lines = {page.split("\n")[0]: page for page in question.pages.values()}, []
-    values = {(row.split()[1], column): value for row, column, value in question.truth}
+    values = {(row, column): value for row, column, value in question.truth}
     for row, column in _steps_of(question):
         friend = _value("friend", people[row]) if question.kind in ("deep", "chain") else None
         lines += [f"{row} friend {friend}"] if friend else []
@@ -371,19 +369,19 @@ def _merged(word, pair):
 
 def _texts():
     """What is said in this world, names apart: every form of every word."""
-    words = ["friend", "moved", "note", "old", "unknown", "name", "part", "table", "of", "for", WORKER, *VALUES, *(v for values in VALUES.values() for v in values)]
+    words = ["friend", "moved", "note", "old", "unknown", "name", "table", "of", "for", WORKER, *VALUES, *(v for values in VALUES.values() for v in values)]
     forms = [form for word in words for form in (f"x {word}", f'{{"{word}', f"\n{word}")]
-    numbers = [f"k{n}, {n}" for n in range(100)] + [f'"{letter}1 {letter}2 | {letter}3' for letter in "kpf"]
-    calls = [json.dumps({key: "k27"}, separators=(",", ":")) for key in ("query", "page", "name", "prompt")]
-    calls.append(json.dumps({"agent": WORKER, "prompt": "k27 colour"}, separators=(",", ":")))
+    numbers = [f"k{n}, {n}" for n in range(100)] + [f'"{letter}1 {letter}2 | {letter}3' for letter in f"{ROWS}{OTHERS}p"]
+    calls = [json.dumps({key: "a27"}, separators=(",", ":")) for key in ("query", "page", "name", "prompt")]
+    calls.append(json.dumps({"agent": WORKER, "prompt": "a27 colour"}, separators=(",", ":")))
     calls.append(json.dumps({"name": WORKER, "system_prompt": ROLE}, separators=(",", ":")))
     tools = [f"functions.{tool}:0" for tool in ("search", "browse", "create_subagent", "assign_task")]
     said = [
         SYSTEM,
         "## Return of functions.search:1\n", "[p17.md: characters 0 to 42 of 42, the end]", "\n[One step is left: answer now.]", "worker was created",
-        "p17.md (1.23): k27", "no page has one of these words", "Refused: worker was given this very task, number 2, and is at work",
+        "p17.md (1.23): a27", "no page has one of these words", "Refused: worker was given this very task, number 2, and is at work",
         "Error: no agent 'worker': create it first", "and has finished; its result stands above", "Refused: 1 of these calls in one answer, at most",
-        "Error: not finished after 4 steps: its 4 steps are spent; the task may be assigned again\nIt had: ", "| k27 | red |\n| - | - |", "system\nuser\nassistant\ntool",
+        "Error: not finished after 4 steps: its 4 steps are spent; the task may be assigned again\nIt had: ", "| a27 | red |\n| - | - |", "system\nuser\nassistant\ntool",
     ]  # fmt: skip
     return [*forms, *numbers, *calls * 3, *tools * 3, *said * 2]
 

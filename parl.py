@@ -153,7 +153,7 @@ def table_documents(number, tokenizer, seed):
         kind = rng.choice(lookups.KINDS)
         question = lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 8))
         lines = lookups.findings(question)
-        values = {(row.split()[1], column): value for row, column, value in question.truth}
+        values = {(row, column): value for row, column, value in question.truth}
         scribe = Scribe(tokenizer, iter([("", lookups.table(question, values), [])]))
         talk = scribe.conversation()
         talk.system(lookups.SYSTEM)

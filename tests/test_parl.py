@@ -14,7 +14,8 @@ import torch
 import lookups
 import parl
 from critical import longest_path
-from parl import PARLError, Bounded, Frozen, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents, schedule_all, table_documents, train_subagent, virtual_time
+from parl import PARLError, Bounded, Frozen, Shaping, SwarmEnvironment, answer_all, build
+from parl import cold_start, lookup_documents, schedule_all, table_documents, train_subagent, virtual_time
 from policies import ContextFullError, Local
 from rl import Learner, RLConfig
 from rollout import Handle, Sampling
