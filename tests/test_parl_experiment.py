@@ -20,7 +20,8 @@ TINY = ["--seeds", "1", "--other-seeds", "1", "--arms", "parl,single", "--look-u
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(parl, "SIZES", {name: {"hidden_size": 32, "num_hidden_layers": 2, "qk_nope_head_dim": 16, "v_head_dim": 16} for name in parl.SIZES})
-    for name, value in {"BUDGETS": (3, 5), "CONTEXTS": (320,), "WIDER": 7, "LONGEST": 8, "SINGLE": 10}.items():
+    monkeypatch.setattr(parl, "SUB_STEPS", 2)
+    for name, value in {"BUDGETS": (3, 5), "CONTEXTS": (320,), "WIDER": 7, "LOOKED": ("document",), "LONGEST": 8, "SINGLE": 10}.items():
         monkeypatch.setattr(parl_experiment, name, value)
 
 
