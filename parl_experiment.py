@@ -71,8 +71,8 @@ class PARLConfig:
     other_seeds: int = 5  # of the arms beside parl and single
     first_seed: int = 1  # seed 0 was used to choose the settings
     look_ups: int = 6000  # traces for the subagents
-    small_steps: int = 400  # of SFT
-    large_steps: int = 600
+    small_steps: int = 900  # of SFT
+    large_steps: int = 1000
     traces: int = 8000  # of the cold start
     base_steps: int = 500  # of each of its two stages
     delegating: float = 0.08  # share of traces with careless delegation
