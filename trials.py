@@ -149,12 +149,19 @@ class Crew:
                 try:
                     failed, results[rank] = pipe.recv()
                 except EOFError:
-                    self.processes[rank].join(30)  # until then it has no exit code
-                    raise TrialError(f"rank {rank} of {world} died with exit code {self.processes[rank].exitcode}") from None
+                    raise self._died(rank, world) from None
                 if failed:
+                    # One that died makes others fail, who may say so before its own end is seen.
+                    ends = [process.sentinel for process in self.processes[:world]]
+                    if ended := multiprocessing.connection.wait(ends, 2.0):
+                        raise self._died(ends.index(ended[0]), world)
                     raise TrialError(f"rank {rank} of {world}: {results[rank]}")
                 del waiting[rank]
         return results
+
+    def _died(self, rank, world):
+        self.processes[rank].join(30)  # until then it has no exit code
+        return TrialError(f"rank {rank} of {world} died with exit code {self.processes[rank].exitcode}")
 
 
 def _serve(pipe, rank, device, patience):

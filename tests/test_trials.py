@@ -6,6 +6,7 @@ Run: .venv/bin/python -m pytest tests/test_trials.py
 import dataclasses
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -68,13 +69,22 @@ def die(rank):
         os._exit(7)
 
 
+def fail_of(rank):
+    """The others fail because one dies, and say so before it does."""
+    if torch.distributed.get_rank() == rank:
+        time.sleep(0.2)
+        os._exit(7)
+    raise RuntimeError("connection closed by peer")
+
+
 def test_a_crew_lends_as_many_ranks_as_are_asked_for(crew):
     assert crew.run(rank_and_world, 4, 10) == [(0, 4), (10, 4), (20, 4), (30, 4)]
     assert crew.run(rank_and_world, 2, 3) == [(0, 2), (3, 2)]
     assert crew.run(os.getpid, 1) != [os.getpid()]
 
 
-@pytest.mark.parametrize("function, words", [(fail, "rank 1 of 2: ValueError in fail: no such thing$"), (die, "rank 1 of 2 died with exit code 7")])
+@pytest.mark.parametrize("function, words", [(fail, "rank 1 of 2: ValueError in fail: no such thing$"), (die, "rank 1 of 2 died with exit code 7"),
+                                             (fail_of, "rank 1 of 2 died with exit code 7")])  # fmt: skip
 def test_whoever_fails_or_dies_is_named(function, words):
     with Crew(2) as crew, pytest.raises(TrialError, match=words):
         crew.run(function, 2, 1)
