@@ -75,7 +75,9 @@ class Corpus:
 
     @classmethod
     def of(cls, pages, piece=2000):
-        """A corpus of pages that are no files. pages: {name: text}, at least one."""
+        """A corpus of pages that are no files. pages: {name: text}, at least one. Raises CorpusError."""
+        if not pages:
+            raise CorpusError("a corpus without pages: give at least one")
         corpus = cls.__new__(cls)
         corpus._take(pages, piece)
         return corpus

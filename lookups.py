@@ -17,17 +17,20 @@ wide search, deep search, long documents, batch download):
     chain      that of the friend of one person   } only serial work ends in time
 
 No question says how to work. Rows are named a…, b…, c… with a number, so that a small model can find its place; p is for
-pages. The numbers of held-out persons are no person's in training.
+pages. The numbers of held-out rows are no row's in training.
 
 `serial`, `careless`, `planned` and `aimless` answer as a swarm's orchestrator would, `look_up` as its subagents, each by a script: a
-generator of what traces.Scribe writes. The first two make the orchestrator's cold start; the others are bounds.
+generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start; the others
+are bounds.
 
-Public names: Question, KINDS, draw, pool, serial, careless, planned, aimless, look_up, single_lookup, findings, vocabulary, merges, QuestionError.
+Public names: Question, QuestionError, KINDS, ALONE, draw, pool, table, serial, careless, planned, aimless, look_up, scripted,
+ScriptedSubagents, single_lookup, findings, vocabulary, merges.
 Tests: pytest tests/test_lookups.py
 """
 
 import base64
 import functools
+import itertools
 import json
 import random
 import re
@@ -36,10 +39,14 @@ from dataclasses import dataclass, field
 
 from checkpoint import write_file
 from critical import item_f1, table_items
+from policies import Local
 from tokenizer import Tokenizer
+from traces import Scribe
 
 KINDS = ("wide", "deep", "document", "download", "single", "chain")
 ALONE = ("single", "chain")  # of one row, for serial work
+HOPS = ("deep", "chain")  # that ask for a friend first
+FILES = ("document", "download")
 VALUES = {
     "colour": ("red", "blue", "green", "pink", "gold", "grey"), "city": ("rome", "oslo", "lima", "cairo", "paris", "delhi"),
     "food": ("rice", "bread", "soup", "corn", "eggs", "fish"), "pet": ("cat", "dog", "owl", "fox", "hen", "bee"),
@@ -78,6 +85,10 @@ class Question:
         """r_perf: item-F1 of an answer's table. The names of the rows, which the question says, count for nothing."""
         return item_f1({item for item in table_items(answer) if item[1] != "name"}, self.truth)
 
+    def values(self):
+        """The truth as {(row, column): value}."""
+        return {(row, column): value for row, column, value in self.truth}
+
     @property
     def name(self):
         """Its kind: as tasks.Task."""
@@ -105,11 +116,11 @@ def draw(rng, kind, rows=None, split="train", steps=None):
     rows = rows or (1 if alone else rng.randint(3, 6))
     if alone and rows != 1 or not 1 <= rows <= 12:
         raise QuestionError(f"{rows} rows of kind {kind}: 1 to 12, and 1 for single and chain")
-    if kind in ("document", "download"):
-        names, columns, pages, values = _files(rng, kind, rows)
+    if kind in FILES:
+        names, columns, pages, values = _files(rng, kind, rows, split)
     else:
         names, columns, pages, values = _people(rng, kind, rows, split)
-    about = f"{columns[0]} of friend" if kind in ("deep", "chain") else ", ".join(columns)
+    about = f"{columns[0]} of friend" if kind in HOPS else ", ".join(columns)
     text = f"table of {about} for {', '.join(names)}"
     pages = {f"{name}.md": page for name, page in sorted(pages.items(), key=lambda _: rng.random())}
     truth = frozenset((name, column, values[name, column]) for name in names for column in columns)
@@ -118,7 +129,7 @@ def draw(rng, kind, rows=None, split="train", steps=None):
 
 def _people(rng, kind, rows, split):
     """Persons, their friends, outdated pages, and a stranger."""
-    hops = kind in ("deep", "chain")
+    hops = kind in HOPS
     asked, more = _names(rng, rows, rows * hops + 2, split)
     others, bystander, stranger = more[: rows * hops], more[-2], more[-1]
     columns = rng.sample(ATTRIBUTES, 2 if kind == "wide" and rows <= 3 and rng.random() < 0.5 else 1)
@@ -140,26 +151,25 @@ def _people(rng, kind, rows, split):
     return asked, columns, pages, values
 
 
-def _files(rng, kind, rows):
+def _files(rng, kind, rows, split):
     """Parts of a document; or files, some of which say where they have gone."""
     column = "mark" if kind == "document" else "code"
-    numbers = rng.sample(NUMBERS, 2 * rows)
-    names, spare = [f"{letter}{n}" for letter, n in zip(ROWS, numbers[:rows])], iter(numbers[rows:])
+    names, elsewhere = _names(rng, rows, rows, split)
     pages, values = {}, {}
-    for name in names:
+    for name, other in zip(names, elsewhere):
         value = values[name, column] = rng.choice(VALUES[column])
         lines = rng.sample([f"{column} {value}", f"note {rng.choice(VALUES['city'])}"], 2)
-        where = f"{rng.choice(OTHERS)}{next(spare)}" if kind == "download" and rng.random() < 0.4 else name
+        where = other if kind == "download" and rng.random() < 0.4 else name
         if where != name:
             pages[name] = f"{name}\nmoved {where}"
         pages[where] = "\n".join([where, *lines])
     return names, [column], pages, values
 
 
-def pool(number, seed, kinds=KINDS, split="train", rows=None, steps=None):
-    """Questions with different contents, the kinds in turn."""
+def pool(number, seed, kinds=KINDS, split="train", rows=None):
+    """So many questions, the kinds in turn, each drawn with a seed of its own. rows: of those that may have several."""
     each = ((n, kinds[n % len(kinds)]) for n in range(number))
-    return [draw(random.Random(f"{seed} {split} {n}"), kind, None if kind in ALONE else rows, split, steps) for n, kind in each]
+    return [draw(random.Random(f"{seed} {split} {n}"), kind, None if kind in ALONE else rows, split) for n, kind in each]
 
 
 # ------------------------------------------------------------------------------------- scripted agents
@@ -216,7 +226,7 @@ def table(question, values):
 
 def _steps_of(question):
     """The look-ups that a question needs: for each (row, column) the attributes to follow, such as ("friend", "colour")."""
-    before = ("friend",) if question.kind in ("deep", "chain") else ()
+    before = ("friend",) if question.kind in HOPS else ()
     return {(row, column): (*before, column) for row in question.rows for column in question.columns}
 
 
@@ -253,12 +263,12 @@ def _told(seen):
 def careless(question, rng):
     """Bad delegation, as a cold start shows it: a piece of the work, the wrong thing, the same thing twice, the whole question, or
     nobody there to do it. Then an answer from what is known, or the work itself."""
-    wanted = "friend" if question.kind in ("deep", "chain") else rng.choice(question.columns)
+    wanted = "friend" if question.kind in HOPS else rng.choice(question.columns)
     asked, several = f"{rng.choice(question.rows)} {wanted}", rng.randint(2, 4)
     wrong = [f"{rng.choice(question.rows)} {rng.choice([what for what in ATTRIBUTES if what not in question.columns])}" for _ in range(several)]
     given = rng.choice(([asked], [asked] * several, [question.text], [wrong[0], asked], wrong))
     seen = yield "", "", _given(given, create=rng.random() < 0.9)
-    known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in ("deep", "chain")}
+    known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in HOPS}
     if rng.random() < 0.5:
         yield "", table(question, known), []
     else:
@@ -313,6 +323,24 @@ def look_up(prompt):
     yield "", f"{name} {what} {value or 'unknown'}", []
 
 
+def scripted(tokenizer, writer):
+    """A script as a policy, which answers in tokens like a model."""
+    return Local(Scribe(tokenizer, writer), declare=False)
+
+
+class ScriptedSubagents:
+    """A policy of subagents that look things up by script, and never err."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self._each = tokenizer, {}
+
+    async def answer(self, messages, tools, agent):
+        """As of any policy."""
+        if agent not in self._each:
+            self._each[agent] = scripted(self.tokenizer, look_up(messages[1]["content"]))
+        return await self._each[agent].answer(messages, tools, agent)
+
+
 def single_lookup(rng, split="train"):
     """One look-up to train a subagent on: (prompt, pages). Some ask for what is not there."""
     question = draw(rng, rng.choice(("wide", "deep", "document", "download")), rng.randint(1, 4), split)
@@ -327,9 +355,9 @@ def single_lookup(rng, split="train"):
 def findings(question):
     """What a perfect reader would note of a question, lines such as `a27 colour red`; of a deep one the friends as well."""
     people, lines = {page.split("\n")[0]: page for page in question.pages.values()}, []
-    values = {(row, column): value for row, column, value in question.truth}
+    values = question.values()
     for row, column in _steps_of(question):
-        friend = _value("friend", people[row]) if question.kind in ("deep", "chain") else None
+        friend = _value("friend", people[row]) if question.kind in HOPS else None
         lines += [f"{row} friend {friend}"] if friend else []
         lines.append(f"{friend or row} {column} {values[row, column]}")
     return list(dict.fromkeys(lines))
@@ -369,7 +397,7 @@ def _merged(word, pair):
 
 def _texts():
     """What is said in this world, names apart: every form of every word."""
-    words = ["friend", "moved", "note", "old", "unknown", "name", "table", "of", "for", WORKER, *VALUES, *(v for values in VALUES.values() for v in values)]
+    words = ["friend", "moved", "note", "old", "unknown", "name", "table", "of", "for", WORKER, *VALUES, *itertools.chain(*VALUES.values())]
     forms = [form for word in words for form in (f"x {word}", f'{{"{word}', f"\n{word}")]
     numbers = [f"k{n}, {n}" for n in range(100)] + [f'"{letter}1 {letter}2 | {letter}3' for letter in f"{ROWS}{OTHERS}p"]
     calls = [json.dumps({key: "a27"}, separators=(",", ":")) for key in ("query", "page", "name", "prompt")]
@@ -381,7 +409,8 @@ def _texts():
         "## Return of functions.search:1\n", "[p17.md: characters 0 to 42 of 42, the end]", "\n[One step is left: answer now.]", "worker was created",
         "p17.md (1.23): a27", "no page has one of these words", "Refused: worker was given this very task, number 2, and is at work",
         "Error: no agent 'worker': create it first", "and has finished; its result stands above", "Refused: 1 of these calls in one answer, at most",
-        "Error: not finished after 4 steps: its 4 steps are spent; the task may be assigned again\nIt had: ", "| a27 | red |\n| - | - |", "system\nuser\nassistant\ntool",
+        "Error: not finished after 4 steps: its 4 steps are spent; the task may be assigned again\nIt had: ", "| a27 | red |\n| - | - |",
+        "system\nuser\nassistant\ntool",
     ]  # fmt: skip
     return [*forms, *numbers, *calls * 3, *tools * 3, *said * 2]
 

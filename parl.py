@@ -11,8 +11,8 @@ The policy sees tools and questions; no prompt and no trace shows a good decompo
 they are sampled by another, smaller model, whose tokens are in no rollout and whose weights never change (`Frozen.check`).
 An agent's own calls come one per answer, in the single agent as in the swarm: what is to run side by side must be given away.
 
-Public names: PARLError, SIZES, build, train_subagent, lookup_documents, table_documents, cold_start, Frozen, Shaping, Record, SwarmEnvironment,
-Bounded, REMEDIES, virtual_time, answer_all, schedule_all, score_lookups.     Tests: pytest tests/test_parl.py
+Public names: PARLError, SIZES, SUB_STEPS, build, encoded, lookup_documents, table_documents, cold_start, Frozen, Shaping, Record,
+SwarmEnvironment, Bounded, REMEDIES, virtual_time, answer_all, schedule_all, score_lookups.     Tests: pytest tests/test_parl.py
 """
 
 import asyncio
@@ -33,7 +33,6 @@ from k25 import K25, K25Config
 from policies import ContextFullError, Local
 from rl import sample_groups
 from rollout import Handle, RolloutManager, Sampling, derive
-from sft import SFTConfig, finetune
 from swarm import Limits, Slots, Swarm
 from swarm_log import Log, episode, refused
 from traces import Scribe
@@ -68,59 +67,85 @@ def build(size, tokenizer, seed):
     return model
 
 
+# --------------------------------------------------------------------------------- what they learn from
+
+
+def _limits(steps):
+    return Limits(critical_steps=steps, main_steps=steps, sub_steps=SUB_STEPS, own_calls=1)
+
+
 def encoded(talk, source):
     """A scripted conversation as a document: loss on what the script said."""
     return Encoded(tuple(talk.ids), tuple(map(bool, talk.generated)), (), source, "text")
 
 
-class _Scripted:
-    """A policy of subagents that are scripts."""
+def _documents(one, number, seed):
+    """[await one(rng)], so many, each with a random.Random of its own."""
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.talks = tokenizer, {}
+    async def every():
+        return [await one(random.Random(f"{seed} {index}")) for index in range(number)]
 
-    async def answer(self, messages, tools, agent):
-        if agent not in self.talks:
-            self.talks[agent] = Local(Scribe(self.tokenizer, lookups.look_up(messages[1]["content"])), declare=False)
-        return await self.talks[agent].answer(messages, tools, agent)
+    return asyncio.run(every())
+
+
+def lookup_documents(number, tokenizer, seed):
+    """Conversations of single look-ups, by script over real searches: what a subagent is trained on."""
+
+    async def one(rng):
+        prompt, pages = lookups.single_lookup(rng)
+        policy = lookups.scripted(tokenizer, lookups.look_up(prompt))
+        await Swarm(prompt, policy, Corpus.of(pages), Log(None), _limits(SUB_STEPS), delegation=False, system=lookups.ROLE).run()
+        return encoded(policy.talk(), "look-up")
+
+    return _documents(one, number, f"{seed} look-ups")
+
+
+def table_documents(number, tokenizer, seed):
+    """Conversations in which the findings stand in the question, in any order, and only the table is to be written: practice in reading."""
+
+    async def one(rng):
+        kind = rng.choice(lookups.KINDS)
+        question = lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 8))
+        lines = lookups.findings(question)
+        scribe = Scribe(tokenizer, iter([("", lookups.table(question, question.values()), [])]))
+        talk = scribe.conversation()
+        talk.system(lookups.SYSTEM)
+        talk.user("\n".join([question.text, *rng.sample(lines, len(lines))]))
+        await scribe.answer(talk)
+        return encoded(talk, "table")
+
+    return _documents(one, number, f"{seed} tables")
+
+
+def cold_start(number, tokenizer, seed, delegating):
+    """Conversations to begin with: serial work, and for a share of them, `delegating`, careless delegation.
+
+    Budgets are those of the questions, or for half of them such that serial work ends."""
+
+    async def one(rng):
+        kind = rng.choice(lookups.KINDS)
+        question = lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 6), steps=rng.choice((None, 20)))
+        policy = lookups.scripted(tokenizer, (lookups.careless if rng.random() < delegating else lookups.serial)(question, rng))
+        await Swarm(question.text, policy, Corpus.of(question.pages), Log(None), _limits(question.steps),
+                    subpolicy=lookups.ScriptedSubagents(tokenizer), system=lookups.SYSTEM).run()  # fmt: skip
+        return encoded(policy.talk(), f"{kind} trace")
+
+    return _documents(one, number, f"{seed} cold")
 
 
 # --------------------------------------------------------------------------------------------- subagents
 
 
-def lookup_documents(number, tokenizer, seed, split="train"):
-    """Conversations of single look-ups, by script over real searches: what a subagent is trained on."""
-
-    async def one(index):
-        rng = random.Random(f"{seed} {split} {index}")
-        prompt, pages = lookups.single_lookup(rng, split)
-        policy = Local(Scribe(tokenizer, lookups.look_up(prompt)), declare=False)
-        swarm = Swarm(prompt, policy, Corpus.of(pages), Log(None), _limits(SUB_STEPS), delegation=False, system=lookups.ROLE)
-        await swarm.run()
-        return encoded(policy.talk("main"), "look-up")
-
-    async def every():
-        return [await one(index) for index in range(number)]
-
-    return asyncio.run(every())
-
-
-def train_subagent(size, tokenizer, documents, steps, seed):
-    """SFT of a new model on look-ups. Yields (model, StepResult) of each step."""
-    model = build(size, tokenizer, seed)
-    for result in finetune(model, documents, SFTConfig(steps, rows=8, length=384, lr=6e-3, adamw_lr=4e-3), tokenizer, seed):
-        yield model, result
-
-
 class Frozen:
     """A checkpoint that answers as subagents and is never trained: its own engine, its own weights, no gradient.
 
-    model: K25; tokenizer; temperature: of its answers. `check` raises PARLError when a parameter has changed or has a gradient.
+    model: K25; tokenizer; capacity: tokens of a subagent's conversation. `check` raises PARLError when a parameter has changed or has
+    a gradient.
     """
 
-    def __init__(self, model, tokenizer, temperature=1.0, slots=128, capacity=320):
+    def __init__(self, model, tokenizer, capacity=320):
         self.model = model.requires_grad_(False)
-        self.manager = RolloutManager(Engine(model, slots, capacity), None, tokenizer, Sampling(40, temperature))
+        self.manager = RolloutManager(Engine(model, 128, capacity), None, tokenizer, Sampling(40))
         self.digest = self._digest()
 
     def _digest(self):
@@ -130,65 +155,17 @@ class Frozen:
         return found.hexdigest()
 
     def check(self):
-        """That nothing has touched it."""
+        """That nothing has touched it. Returns the hash of its parameters, taken now."""
         if any(parameter.grad is not None or parameter.requires_grad for parameter in self.model.parameters()):
             raise PARLError("a subagent's parameter has a gradient: it must be frozen")
-        if self._digest() != self.digest or self.manager.engine.version:
+        digest = self._digest()
+        if digest != self.digest or self.manager.engine.version:
             raise PARLError("the subagents' weights have changed: they must be frozen")
+        return digest
 
     def policy(self, seed):
         """A policy for one run, with draws of its own."""
         return Local(Handle(self.manager, "subagent", derive(seed, "subagents"), 0, 0), declare=False)
-
-
-# ------------------------------------------------------------------------------------------- cold start
-
-
-def _limits(steps):
-    return Limits(critical_steps=steps, main_steps=steps, sub_steps=SUB_STEPS, own_calls=1)
-
-
-def table_documents(number, tokenizer, seed):
-    """Conversations in which the findings stand in the question, in any order, and only the table is to be written: practice in reading."""
-
-    async def one(index):
-        rng = random.Random(f"{seed} table {index}")
-        kind = rng.choice(lookups.KINDS)
-        question = lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 8))
-        lines = lookups.findings(question)
-        values = {(row, column): value for row, column, value in question.truth}
-        scribe = Scribe(tokenizer, iter([("", lookups.table(question, values), [])]))
-        talk = scribe.conversation()
-        talk.system(lookups.SYSTEM)
-        talk.user("\n".join([question.text, *rng.sample(lines, len(lines))]))
-        await scribe.answer(talk)
-        return encoded(talk, "table")
-
-    async def every():
-        return [await one(index) for index in range(number)]
-
-    return asyncio.run(every())
-
-
-def cold_start(number, tokenizer, seed, delegating=0.06, kinds=lookups.KINDS):
-    """Conversations to begin with: serial work, and for a share of them careless delegation. Documents for `sft.finetune`.
-
-    Budgets are those of the questions, or for half of them such that serial work ends."""
-
-    async def one(index):
-        rng = random.Random(f"{seed} cold {index}")
-        kind = rng.choice(kinds)
-        question = lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 6), steps=rng.choice((None, 20)))
-        writer = (lookups.careless if rng.random() < delegating else lookups.serial)(question, rng)
-        policy = Local(Scribe(tokenizer, writer), declare=False)
-        await Swarm(question.text, policy, Corpus.of(question.pages), Log(None), _limits(question.steps), subpolicy=_Scripted(tokenizer),
-                    system=lookups.SYSTEM).run()  # fmt: skip
-        return encoded(policy.talk("main"), f"{kind} trace")
-
-    async def every():
-        return [await one(index) for index in range(number)]
-
-    return asyncio.run(every())
 
 
 # ------------------------------------------------------------------------------------------ environment
@@ -201,14 +178,11 @@ class Shaping:
     first: float = 0.5  # λ1 at the beginning, of r_parallel
     second: float = 0.5  # λ2, of r_finish
     enough: int = 4  # distinct subtasks side by side that r_parallel asks for
-    annealed: bool = True  # to two fifths in the middle of training and 0 at its end
     shuffled: bool = False  # control: subagents look something else up
     permuted: bool = False  # control: an episode gets the reward of one of the iteration before
 
     def knots(self):
-        """(progress, λ1, λ2) for critical.lambdas."""
-        if not self.annealed:
-            return ((0.0, self.first, self.second), (1.0, self.first, self.second))
+        """(progress, λ1, λ2) for critical.lambdas: two fifths in the middle of training and 0 at its end."""
         return ((0.0, self.first, self.second), (0.5, 0.4 * self.first, 0.4 * self.second), (1.0, 0.0, 0.0))
 
 
@@ -306,8 +280,8 @@ class Bounded(Local):
     """A Local whose own conversation may have so many tokens, and what is done when the next step would not fit.
 
     none: it is told to answer with what it has; hide-tool-result: it goes on with all results but the last blanked; discard-all: with
-    the question alone; summary: with the question and the table that it writes when told to answer. Over the limit nonetheless, its
-    context is full. Raises PARLError for another remedy.
+    the question alone; summary: with the question and the table that it writes when told to answer, which counts as no step. Over the
+    limit nonetheless, its context is full. Raises PARLError for another remedy.
     """
 
     def __init__(self, handle, tokens, remedy="none"):
@@ -354,9 +328,8 @@ def virtual_time(events):
     """Seconds that a run would take where a token takes 0.02 s and a tool call 0.5 s, subagents side by side without waiting.
 
     The longest path through answers and calls, each answer weighing its tokens and, if it calls, one wait."""
-    ends, stage, stage_end = {}, {}, 0.0  # of each agent: when its last answer and its calls were done
     given = {event["task"]: event["step"] for event in events if event["kind"] == "assign"}
-    step_ends, last = {}, 0.0
+    ends, step_ends, last = {}, {}, 0.0  # when a subagent, a step of the orchestrator and its last one were done
     for event in events:
         if event["kind"] != "answer":
             continue
@@ -371,17 +344,14 @@ def virtual_time(events):
     return last
 
 
-def answer_all(model, environment, questions, tokenizer, seed, samples=1, slots=64, capacity=1024, max_new_tokens=400, temperature=1.0):
-    """Let a model answer questions. Returns the Records, `samples` for each question, in the order of the questions."""
-    groups = sample_groups(model, environment, questions, tokenizer, samples, seed, slots=slots, capacity=capacity,
-                           sampling=Sampling(max_new_tokens, temperature))  # fmt: skip
-    heard = {(record.key, record.seed): record for record in environment.take()}
-    found = []
-    for question, group in zip(questions, groups):
-        for rollout in group:
-            if (question.key, rollout.info.seed) not in heard:
-                raise PARLError(f"an episode failed: {rollout.info.reason}")
-            found.append(heard[question.key, rollout.info.seed])
+def answer_all(model, environment, questions, tokenizer, seed, slots=64, capacity=1024, max_new_tokens=320):
+    """Let a model answer questions, each once. Returns the Records in the order of the questions. Raises PARLError when an episode fails."""
+    groups = sample_groups(model, environment, questions, tokenizer, 1, seed, slots=slots, capacity=capacity, sampling=Sampling(max_new_tokens))
+    heard, found = {(record.key, record.seed): record for record in environment.take()}, []
+    for question, (rollout,) in zip(questions, groups):
+        if (question.key, rollout.info.seed) not in heard:
+            raise PARLError(f"an episode failed: {rollout.info.reason}")
+        found.append(heard[question.key, rollout.info.seed])
     return found
 
 
@@ -391,7 +361,7 @@ def schedule_all(writer, frozen, questions, tokenizer, seed):
 
     async def one(place, question):
         rng = random.Random(f"{seed} schedule {place}")
-        policy = Local(Scribe(tokenizer, writer(question, rng)), declare=False)
+        policy = lookups.scripted(tokenizer, writer(question, rng))
         return (await environment.play(question, policy, derive(seed, "schedule", place)))[0]
 
     async def every():
@@ -400,17 +370,16 @@ def schedule_all(writer, frozen, questions, tokenizer, seed):
     return asyncio.run(every())
 
 
-def score_lookups(frozen, number, tokenizer, seed, split="heldout"):
-    """(share right, mean steps) of single look-ups by frozen subagents."""
-    asked = [lookups.single_lookup(random.Random(f"{seed} {split} score {n}"), split) for n in range(number)]
+def score_lookups(frozen, number, tokenizer, seed):
+    """(share right, mean steps) of held-out single look-ups by frozen subagents: right is what the script says."""
+    asked = [lookups.single_lookup(random.Random(f"{seed} score {n}"), "heldout") for n in range(number)]
 
     async def one(index, prompt, pages):
-        policy, log = frozen.policy(derive(seed, index)), Log(None)
-        swarm = Swarm(prompt, policy, Corpus.of(pages), log, _limits(SUB_STEPS), slots=Slots(1 << 20, 0.5), delegation=False, system=lookups.ROLE)
-        script = Local(Scribe(tokenizer, lookups.look_up(prompt)), declare=False)
-        wanted = await Swarm(prompt, script, Corpus.of(pages), Log(None), _limits(SUB_STEPS), delegation=False, system=lookups.ROLE).run()
-        outcome = await swarm.run()
-        return outcome.answer == wanted.answer, critical_steps(episode(log.events))
+        async def answer(policy, log):
+            return await Swarm(prompt, policy, Corpus.of(pages), log, _limits(SUB_STEPS), delegation=False, system=lookups.ROLE).run()
+
+        log, wanted = Log(None), await answer(lookups.scripted(tokenizer, lookups.look_up(prompt)), Log(None))
+        return (await answer(frozen.policy(derive(seed, index)), log)).answer == wanted.answer, critical_steps(episode(log.events))
 
     found = frozen.manager.engine.run(*(one(index, *pair) for index, pair in enumerate(asked)))
     return statistics.fmean(right for right, _ in found), statistics.fmean(steps for _, steps in found)

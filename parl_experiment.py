@@ -10,22 +10,21 @@ questions, with the same budgets of critical steps:
     shuffled      control: subagents look something else up         permuted   control: rewards of other episodes
 
 Measured on held-out names, one sampled episode per question: item-F1, critical steps, total steps, subtasks; with bounds that no policy
-learned: a perfect serial reader, and with the large subagents the best schedule and a random one. Then eight rows where training
-had six at most; item-F1 against the budget, from which the critical steps and the time on a virtual clock to reach
-30 … 70 % follow; and a limit of context, with the report's three remedies for a single agent beside the swarm.
+learned: a perfect serial reader, and with the large subagents the best schedule and a random one. Then eight rows, where no episode
+of training had more than six (practice tables had up to eight); item-F1 against the budget, from which the critical steps and the
+time on a virtual clock to reach 30 … 70 % follow; and a limit of context, with the report's three remedies for a single agent beside
+the swarm.
 
-Run: python train_small.py parl --run runs/parl        (minutes: README)
+Run: python train_small.py parl --run runs/parl
 
-Public names: PARLConfig, ARMS, model_cell, subagent_cell, base_cell, start_cell, arm_cell, report, main.     Tests: pytest tests/test_parl_experiment.py
+Public names: PARLConfig, ARMS, model_cell, subagent_cell, base_cell, start_cell, arm_cell, report, main.
+Tests: pytest tests/test_parl_experiment.py
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
-import random
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
@@ -36,13 +35,12 @@ import lookups
 from checkpoint import write_file
 from k25 import load, save
 from parl import REMEDIES, SUB_STEPS, Frozen, PARLError, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents
-from parl import schedule_all, score_lookups, table_documents, train_subagent
+from parl import schedule_all, score_lookups, table_documents
 from rl import Learner, RLConfig, RLError
-from rl_job import add_flags, take_flags
 from rl_report import plot_arms
 from rollout import derive
 from sft import SFTConfig, SFTError, finetune
-from study import StudyError, bootstrap, read_rows, run_cells
+from study import StudyError, bootstrap, read_rows, run_cells, run_study
 from swarm_trace import trace
 
 ARMS = {
@@ -50,13 +48,14 @@ ARMS = {
     "outcome": Shaping(0.0, 0.0), "shuffled": Shaping(shuffled=True), "permuted": Shaping(permuted=True),
 }  # fmt: skip
 WIDE, WIDER = (3, 4, 5, 6), 8  # rows: as in training, and more
-MEASURED = ("performance", "critical", "total", "given", "width", "finished", "parallel", "redundant", "refused")  # of a Record, by step
+MEASURED = ("performance", "critical", "total", "given", "width", "finished", "parallel", "redundant", "refused", "time")  # of a Record
 BUDGETS = (3, 4, 5, 6, 7, 9, 11, 13, 15, 17)  # critical steps
 GOALS = (0.3, 0.4, 0.5, 0.6, 0.7)  # item-F1
 CONTEXTS = (256, 384, 512)  # tokens
 CAPACITY = 1024  # tokens of a conversation
 LONGEST = 320  # tokens of an answer
-EPISODE = 768  # of an episode of the cold start
+PRACTICE = SFTConfig(rows=8, length=384, lr=6e-3, adamw_lr=4e-3)  # on look-ups and tables
+EPISODES = SFTConfig(rows=6, length=768, lr=6e-3, adamw_lr=4e-3)  # on the cold start's; longer ones are left out
 SINGLE = 300  # held-out look-ups by which subagents are measured
 LOOKED = ("wide", "document", "download")  # kinds that can have more rows
 
@@ -122,13 +121,19 @@ def model_cell(folder, name, log, **settings):
     return base_cell(folder, name, log, **settings) if name == "base" else subagent_cell(folder, name, log, **settings)
 
 
+def _taught(model, documents, settings, tokenizer, log, **fields):
+    """Fine-tune a model; a row of metrics per step."""
+    began, tokens = time.perf_counter(), 0
+    for step, result in enumerate(finetune(model, documents, settings, tokenizer, 0)):
+        tokens += result.tokens
+        log(step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began), **fields)
+
+
 def subagent_cell(folder, name, log, steps, look_ups):
     """SFT on single look-ups; the model is never moved again."""
-    tokenizer, began, tokens = _tokenizer(folder), time.perf_counter(), 0
-    documents = lookup_documents(look_ups, tokenizer, name)
-    for step, (model, result) in enumerate(train_subagent(name, tokenizer, documents, steps, 0)):  # noqa: B007
-        tokens += result.tokens
-        log(step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began))
+    tokenizer = _tokenizer(folder)
+    model = build(name, tokenizer, 0)
+    _taught(model, lookup_documents(look_ups, tokenizer, name), dataclasses.replace(PRACTICE, steps=steps), tokenizer, log)
     save(model, folder / "models" / name)
     frozen = Frozen(model, tokenizer)
     right, steps = score_lookups(frozen, SINGLE, tokenizer, 0)
@@ -137,15 +142,12 @@ def subagent_cell(folder, name, log, steps, look_ups):
 
 def base_cell(folder, name, log, steps, traces, look_ups, delegating):
     """SFT on look-ups and tables first, so that copying is learned on short texts, then on whole episodes."""
-    tokenizer, model = _tokenizer(folder), build("orchestrator", _tokenizer(folder), 0)
+    tokenizer = _tokenizer(folder)
+    model = build("orchestrator", tokenizer, 0)
     practice = lookup_documents(look_ups // 2, tokenizer, name) + table_documents(look_ups, tokenizer, name)
-    episodes = [document for document in cold_start(traces, tokenizer, 0, delegating) if len(document.ids) <= EPISODE]
-    stages = (("practice", practice, SFTConfig(steps, 8, 384, 6e-3, 4e-3, floor=0.5)), ("episodes", episodes, SFTConfig(steps, 6, EPISODE, 6e-3, 4e-3)))
-    for stage, documents, settings in stages:
-        began, tokens = time.perf_counter(), 0
-        for step, result in enumerate(finetune(model, documents, settings, tokenizer, 0)):
-            tokens += result.tokens
-            log(stage=stage, step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began))
+    episodes = [document for document in cold_start(traces, tokenizer, 0, delegating) if len(document.ids) <= EPISODES.length]
+    _taught(model, practice, dataclasses.replace(PRACTICE, steps=steps, floor=0.5), tokenizer, log, stage="practice")
+    _taught(model, episodes, dataclasses.replace(EPISODES, steps=steps), tokenizer, log, stage="episodes")
     save(model, folder / "models" / name)
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
@@ -161,12 +163,6 @@ def start_cell(folder, name, log, questions):
         for bound, (writer, subagents) in bounds.items()}}  # fmt: skip
 
 
-def _records(records):
-    """What is kept of episodes: JSON, a list per field."""
-    names = ("kind", "performance", "critical", "total", "given", "width", "finished", "parallel", "redundant", "refused", "status", "time")
-    return {name: [getattr(record, name) for record in records] for name in names}
-
-
 def _asked(number):
     """The questions of both tables."""
     return {"heldout": _questions(number), "wider": _questions(number, WIDER, LOOKED)}
@@ -179,8 +175,7 @@ def _answers(model, frozen, questions, tokenizer, seed, **options):
 
 def _records(records):
     """What is kept of episodes: JSON, a list per field."""
-    names = ("kind", "performance", "critical", "total", "given", "width", "finished", "parallel", "redundant", "refused", "status", "time")
-    return {name: [getattr(record, name) for record in records] for name in names}
+    return {name: [getattr(record, name) for record in records] for name in ("kind", "status", *MEASURED)}
 
 
 def arm_cell(folder, name, log, arm, seed, questions, iterations, pool, **settings):
@@ -198,13 +193,10 @@ def arm_cell(folder, name, log, arm, seed, questions, iterations, pool, **settin
             measured = {field: statistics.fmean(getattr(record, field) for record in records) for field in MEASURED}
             by_kind = {f"given {kind}": _mean(record.given for record in records if record.kind == kind) for kind in lookups.KINDS}
             log(**row, **measured, **by_kind)
-    for frozen in crew.values():
-        frozen.check()
     save(model, folder / "models" / name)
-    crew = crew.get("large")
 
     def measured(asked, **options):
-        return _records(_answers(model, crew, asked, tokenizer, derive(seed, "measure"), **options))
+        return _records(_answers(model, crew.get("large"), asked, tokenizer, derive(seed, "measure"), **options))
 
     found = {part: measured(asked, shaping=dataclasses.replace(shaping, permuted=False)) for part, asked in _asked(questions).items()}
     if arm in ("parl", "single"):
@@ -212,8 +204,8 @@ def arm_cell(folder, name, log, arm, seed, questions, iterations, pool, **settin
         found["contexts"] = {
             f"{remedy} {tokens}": measured(_questions(questions, max(WIDE), ("wide",)), steps=30, context=tokens, remedy=remedy)
             for remedy in (REMEDIES if arm == "single" else ("none",)) for tokens in CONTEXTS}  # fmt: skip
-        _show(folder, name, model, crew, tokenizer)
-    return found | {"digest": crew.digest if crew else None}
+        _show(folder, name, model, crew.get("large"), tokenizer)
+    return found | {"digests": {size: frozen.check() for size, frozen in crew.items()}}
 
 
 def _show(folder, name, model, crew, tokenizer):
@@ -243,13 +235,15 @@ def report(folder, t, crew, base, arms):
     text = [
         "# PARL: learning to work in parallel", "",
         f"{t.seeds} seeds of RL of parl and single, {t.other_seeds} of the others, {t.iterations} iterations of {t.prompts} questions × "
-        f"{t.responses} responses, all from one cold start (so that intervals say nothing of other cold starts); held-out names, one sampled episode per "
-        "question, temperature 1; 95 % intervals: bootstrap over seeds and questions. Chance, guessing a value: 0.17 of the rows that are written down.", "",
+        f"{t.responses} responses, all from one cold start (so that intervals say nothing of other cold starts); held-out numbers in the names of "
+        "the rows, one sampled episode per question, temperature 1; 95 % intervals: bootstrap over seeds and questions. Chance, guessing a value: "
+        "0.17 of the rows that are written down.", "",
         f"Frozen subagents: single look-ups right {crew['small']['right']:.2f} (small, {crew['small']['parameters']:,} parameters) and "
-        f"{crew['large']['right']:.2f} (large, {crew['large']['parameters']:,}), {crew['small']['steps']:.1f} and {crew['large']['steps']:.1f} steps of at most {SUB_STEPS}. "
-        "Their hashes are the same before and after: " + ("yes" if _unmoved(crew, arms) else "NO") + ".", "",
+        f"{crew['large']['right']:.2f} (large, {crew['large']['parameters']:,}), {crew['small']['steps']:.1f} and {crew['large']['steps']:.1f} steps "
+        f"of at most {SUB_STEPS}. Their hashes are the same before and after: {'yes' if _unmoved(crew, arms) else 'NO'}.", "",
     ]  # fmt: skip
-    for part, title in (("heldout", "Held-out questions, rows as in training (table 6)"), ("wider", f"{WIDER} rows, more than in training")):
+    titles = {"heldout": "Held-out questions, rows as in training (table 6)", "wider": f"{WIDER} rows, more than in any episode of training"}
+    for part, title in titles.items():
         rows = []
         for name in ("base", *base["bounds"], *names):
             source = base[part] if name == "base" else base["bounds"][name][part] if name in base["bounds"] else None
@@ -264,9 +258,9 @@ def report(folder, t, crew, base, arms):
             gap = bootstrap(table("parl", part, "performance") - table("single", part, "performance"))
             summary[f"parl less single, {part}"] = dataclasses.asdict(gap)
             text += [f"Swarm less single agent at the same budgets: {gap}.", ""]
-    text += _by_kind(t, base, table, names)
+    text += _by_kind(base, table, names)
     if {"parl", "single"} <= set(names):
-        text += _times(folder, t, arms, seeds, summary) + _contexts(t, arms, seeds, summary)
+        text += _times(folder, arms, seeds, summary) + _contexts(arms, seeds, summary)
     _curves(folder, t, names)
     score = lambda found: " / ".join(f"{np.mean(found['heldout'][field]):.2f}" for field in ("performance", "given"))  # noqa: E731
     cell = lambda name, s: score(arms[f"{name}-{s}"]) if s in t.seeds_of(name) else "–"  # noqa: E731
@@ -281,32 +275,30 @@ def report(folder, t, crew, base, arms):
 
 
 def _unmoved(crew, arms):
-    return all(found["digest"] in (None, crew["large"]["digest"]) for found in arms.values())
+    return all(digest == crew[size]["digest"] for found in arms.values() for size, digest in found["digests"].items())
 
 
-def _by_kind(t, base, table, names):
+def _by_kind(base, table, names):
     """Item-F1 and subtasks by kind of question: where serial work is better, is nothing given away?"""
     kinds = base["heldout"]["kind"]
     lines = ["## By kind: item-F1 / subtasks", "", f"| kind | base | {' | '.join(names)} |", f"|---|---|{'---|' * len(names)}"]
     for kind in lookups.KINDS:
         which = [place for place, other in enumerate(kinds) if other == kind]
-        of = {field: [np.array([base["heldout"][field]], float)] + [table(name, "heldout", field) for name in names] for field in ("performance", "given")}
-        cells = [f"{f1[:, which].mean():.2f} / {given[:, which].mean():.2f}" for f1, given in zip(*of.values())]
+        of = lambda field: [np.array([base["heldout"][field]], float)] + [table(name, "heldout", field) for name in names]  # noqa: E731
+        cells = [f"{f1[:, which].mean():.2f} / {given[:, which].mean():.2f}" for f1, given in zip(of("performance"), of("given"))]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def _reached(goal, xs, ys):
     """The least x at which y reaches a goal, straight between the points; NaN where it never does."""
-    best = 0.0
     for (x0, y0), (x1, y1) in zip([(0.0, 0.0), *zip(xs, ys)], zip(xs, ys)):
-        best = max(best, y1)
         if y1 >= goal:
             return x1 if y1 == y0 else x0 + (x1 - x0) * max(0.0, (goal - y0)) / (y1 - y0)
     return float("nan")
 
 
-def _times(folder, t, arms, seeds, summary):
+def _times(folder, arms, seeds, summary):
     """Figure 8: critical steps and virtual seconds to reach an item-F1."""
     curves, lines, found = {}, [], {}
     for name in ("parl", "single"):
@@ -324,7 +316,8 @@ def _times(folder, t, arms, seeds, summary):
     plot_arms({f"item-F1 against the budget of critical steps, {WIDER} rows": curves}, folder / "budgets.png")
     return [f"## Time to reach an item-F1, {WIDER} rows (figure 8)", "",
             "Each budget is a run of its own; the critical steps and the virtual seconds (0.02 s a token, 0.5 s a tool call) at which the mean "
-            "item-F1 reaches the goal, means over seeds; – where a seed never does. The report claims 3 … 4.5 times faster, growing with the goal.", "",
+            "item-F1 reaches the goal, means over seeds; – where a seed never does. The report claims 3 … 4.5 times faster, growing with the "
+            "goal.", "",
             "| item-F1 | steps, single | steps, swarm | ratio | seconds, single | seconds, swarm | ratio |", "|---|---|---|---|---|---|---|",
             *(line.replace("nan", "–") for line in lines), "", "![item-F1 against the budget](budgets.png)", ""]  # fmt: skip
 
@@ -333,7 +326,7 @@ def _nan_free(values):
     return [None if value != value else float(value) for value in values]
 
 
-def _contexts(t, arms, seeds, summary):
+def _contexts(arms, seeds, summary):
     """Figure 7: item-F1 under a limit of context."""
     lines = []
     for name, remedy in (("parl", "none"), *(("single", remedy) for remedy in REMEDIES)):
@@ -343,8 +336,9 @@ def _contexts(t, arms, seeds, summary):
         summary[f"context, {label}"] = {tokens: dataclasses.asdict(cell) for tokens, cell in zip(CONTEXTS, cells)}
         lines.append(f"| {label} | {' | '.join(map(str, cells))} |")
     return [f"## A limit of context (figure 7): item-F1 on {max(WIDE)} rows, 30 critical steps", "",
-            "The limit is of the orchestrator's or single agent's own conversation. When it is full, hide-tool-result goes on with older results blanked, "
-            "discard-all with the question alone, summary with the question and the table that the agent writes at that point. None of them was trained.", "",
+            "The limit is of the orchestrator's or single agent's own conversation. When it is full, hide-tool-result goes on with older results "
+            "blanked, discard-all with the question alone, summary with the question and the table that the agent writes at that point, which "
+            "counts as no step. None of them was trained.", "",
             f"| who | {' | '.join(f'{tokens} tokens' for tokens in CONTEXTS)} |", f"|---|{'---|' * len(CONTEXTS)}", *lines, ""]  # fmt: skip
 
 
@@ -359,34 +353,22 @@ def _curves(folder, t, names):
     plot_arms({title: {name: band(name, key) for name in names} for title, key in panels.items()}, folder / "training.png")
 
 
+def _work(folder, t):
+    _tokenizer(folder)
+    cells = {"base": {"steps": t.base_steps, "traces": t.traces, "look_ups": t.look_ups, "delegating": t.delegating}}
+    cells |= {size: {"steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
+    rows = {name: cell["steps"] * (1 + (name == "base")) for name, cell in cells.items()}
+    models = run_cells(folder, cells, model_cell, rows, t.workers, "models")
+    start = run_cells(folder, {"start": {"questions": t.questions}}, start_cell, {}, t.workers, "start")["start"]
+    settings = {name: getattr(t, name) for name in ("questions", "iterations", "pool", "prompts", "responses", "lr", "adamw_lr")}
+    cells = {f"{arm}-{s}": {"arm": arm, "seed": s} | settings for arm in t.names() for s in t.seeds_of(arm)}
+    arms = run_cells(folder, cells, arm_cell, dict.fromkeys(cells, t.iterations), t.workers, "arms")
+    return report(folder, t, models, start, arms)
+
+
 def main(arguments=None):
     """Run what is missing, then write the report. Exit code 2 with one line on misuse."""
-    parser = argparse.ArgumentParser(prog="train_small.py parl", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    add_flags(parser, PARLConfig)
-    options = parser.parse_args(arguments)
-    try:
-        began, t = time.perf_counter(), take_flags(options, PARLConfig)
-        folder = pathlib.Path(t.run)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "config.json", json.dumps(dataclasses.asdict(t) | {"torch": torch.__version__}, indent=2) + "\n")
-        _tokenizer(folder)
-        cells = {"base": {"steps": t.base_steps, "traces": t.traces, "look_ups": t.look_ups, "delegating": t.delegating}}
-        cells |= {size: {"steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
-        rows = {name: cell["steps"] * (1 + (name == "base")) for name, cell in cells.items()}
-        models = run_cells(folder, cells, model_cell, rows, t.workers, "models")
-        start = run_cells(folder, {"start": {"questions": t.questions}}, start_cell, {}, t.workers, "start")["start"]
-        settings = {name: getattr(t, name) for name in ("questions", "iterations", "pool", "prompts", "responses", "lr", "adamw_lr")}
-        cells = {f"{arm}-{s}": {"arm": arm, "seed": s} | settings for arm in t.names() for s in t.seeds_of(arm)}
-        arms = run_cells(folder, cells, arm_cell, dict.fromkeys(cells, t.iterations), t.workers, "arms")
-        print("\n".join(report(folder, t, models, start, arms)))
-        print(f"{folder / 'report.md'}   {(time.perf_counter() - began) / 60:.1f} minutes")
-    except (StudyError, RLError, SFTError, PARLError, OSError) as error:
-        print(f"train_small.py parl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrain_small.py parl: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_study("parl", __doc__, PARLConfig, _work, (StudyError, RLError, SFTError, PARLError, OSError), arguments)
 
 
 if __name__ == "__main__":

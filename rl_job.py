@@ -10,7 +10,7 @@ trajectories, report.md.
 
 Run: python train_small.py rl --model runs/toy/model --run runs/rl        (make rl: after make train; minutes: README)
 
-Public names: JobConfig, JobError, MEASURED_AT, draw_pool, last_answer, measure, Measured, add_flags, take_flags, main.     Tests: pytest tests/test_rl_job.py
+Public names: JobConfig, JobError, MEASURED_AT, draw_pool, last_answer, measure, Measured, main.     Tests: pytest tests/test_rl_job.py
 """
 
 import argparse
@@ -18,7 +18,6 @@ import dataclasses
 import json
 import pathlib
 import random
-import sys
 import time
 from dataclasses import dataclass
 
@@ -38,6 +37,7 @@ from rl_report import plot_curves, plot_trajectories
 from rollout import Sampling, derive
 from sft import SFTConfig, SFTError, documents_of, finetune
 from shards import Checkpoints
+from study import add_flags, one_line, take_flags
 from tokenizer import Tokenizer
 
 
@@ -301,21 +301,6 @@ class _Job:
 # ---------------------------------------------------------------------------------------- command line
 
 
-def add_flags(parser, kind, prefix=""):
-    """A flag for each field of a settings class."""
-    for field in dataclasses.fields(kind):
-        name = f"--{prefix}{field.name}".replace("_", "-")
-        if field.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
-        else:
-            parser.add_argument(name, type=field.type, default=field.default, help=f"({field.type.__name__})")
-
-
-def take_flags(options, kind, prefix=""):
-    """The settings of parsed flags."""
-    return kind(**{field.name: getattr(options, f"{prefix}{field.name}".replace("-", "_")) for field in dataclasses.fields(kind)})
-
-
 def main(arguments=None):
     """Run the job. Exit code 2 with one line on misuse."""
     parser = argparse.ArgumentParser(prog="train_small.py rl", description=__doc__.splitlines()[0], allow_abbrev=False,
@@ -325,16 +310,11 @@ def main(arguments=None):
     add_flags(parser.add_argument_group("reinforcement learning"), RLConfig)
     add_flags(parser.add_argument_group("supervised fine-tuning"), SFTConfig, "sft-")
     options = parser.parse_args(arguments)
-    try:
+    errors = (JobError, SFTError, RLError, CheckpointError, ObjectiveError, tasks.TaskError, traces.TraceError, OSError)
+    with one_line(parser.prog, errors, "the same command with --resume goes on"):
         torch.set_num_threads(1)
         job = _Job(take_flags(options, JobConfig), take_flags(options, SFTConfig, "sft-"), take_flags(options, RLConfig), options.resume)
         print(job.work())
-    except (JobError, SFTError, RLError, CheckpointError, ObjectiveError, tasks.TaskError, traces.TraceError, OSError) as error:
-        print(f"train_small.py rl: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrain_small.py rl: interrupted; the same command with --resume goes on", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,28 @@
 
     results = run_cells(folder, {"plain-0": {"arm": "plain", "seed": 0}, …}, work, rows={"plain-0": 40, …}, workers=2)
 
-`work(folder, name, log, **arguments)` is a function of a module; it returns JSON and may write models below the folder. Each
+    run_study("toggle", __doc__, ToggleConfig, work, (StudyError,), arguments)       the command line: a flag for each field
+
+`work(folder, name, log, **arguments)` of the cells is a function of a module; it returns JSON and may write models below the folder. Each
 cell runs in a process with one thread. A finished cell is not run again, so an experiment that was interrupted goes on; one
 that was begun with other arguments is refused. `log` writes a row of metrics per step into `cells/NAME.jsonl`.
 
 Intervals are bootstraps over seeds and items at once: both are drawn again, and all seeds answer the same items.
 
-Public names: StudyError, Log, read_rows, run_cells, bootstrap, calibration_error, Estimate.     Tests: pytest tests/test_study.py
+Public names: StudyError, Log, read_rows, run_cells, bootstrap, calibration_error, Estimate; add_flags, take_flags, one_line, run_study.
+Tests: pytest tests/test_study.py
 """
 
+import argparse
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
 import pathlib
+import sys
 import threading
+import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 
@@ -177,3 +185,55 @@ def calibration_error(confidence, correct, bins=10):
     place = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = [abs(confidence[place == b].sum() - correct[place == b].sum()) for b in range(bins)]
     return float(sum(gaps) / max(len(confidence), 1))
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def add_flags(parser, kind, prefix=""):
+    """A flag for each field of a settings class."""
+    for field in dataclasses.fields(kind):
+        name = f"--{prefix}{field.name}".replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            parser.add_argument(name, type=field.type, default=field.default, help=f"({field.type.__name__})")
+
+
+def take_flags(options, kind, prefix=""):
+    """The settings of parsed flags."""
+    return kind(**{field.name: getattr(options, f"{prefix}{field.name}".replace("-", "_")) for field in dataclasses.fields(kind)})
+
+
+@contextlib.contextmanager
+def one_line(program, errors, goes_on="the same command goes on"):
+    """End the process with one line: exit code 2 for `errors`, a tuple of exceptions, 130 when it is interrupted."""
+    try:
+        yield
+    except errors as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted; {goes_on}", file=sys.stderr)
+        sys.exit(130)
+
+
+def run_study(command, about, kind, work, errors, arguments=None, ready=lambda t: None):
+    """The command line `train_small.py COMMAND` of an experiment that goes on where it was interrupted.
+
+    about: its first line is the description; kind: class of the settings, which has a field `run`; work: function (folder, settings) →
+    lines to print, which writes report.md; ready: function of the settings, raises before anything is written; errors: exceptions
+    that are one line and exit code 2. The settings are kept in config.json.
+    """
+    parser = argparse.ArgumentParser(prog=f"train_small.py {command}", description=about.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add_flags(parser, kind)
+    options = parser.parse_args(arguments)
+    with one_line(parser.prog, errors):
+        began, t = time.perf_counter(), take_flags(options, kind)
+        ready(t)
+        folder = pathlib.Path(t.run)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / "config.json", json.dumps(dataclasses.asdict(t) | {"torch": torch.__version__}, indent=2) + "\n")
+        print("\n".join(work(folder, t)))
+        print(f"{folder / 'report.md'}   {(time.perf_counter() - began) / 60:.1f} minutes")

@@ -35,7 +35,6 @@ import functools
 import gc
 import importlib
 import json
-import os
 import pathlib
 import re
 import signal
@@ -59,6 +58,7 @@ DELEGATION = [
     declared("assign_task", "Lets an agent do a task. It returns a single message when it is done.", ["agent", "prompt"],
               agent=("string", "Name of an agent that was created"), prompt=("string", "The task")),
 ]  # fmt: skip
+DELEGATING = tuple(tool["function"]["name"] for tool in DELEGATION)
 ORCHESTRATOR = "You answer a question from a corpus of pages. Use the tools; when you know the answer, write it without calling a tool."
 
 
@@ -208,9 +208,9 @@ class Swarm:
             match event:
                 case {"kind": "start"}:
                     self.limits = Limits(**event["limits"])
-                    asked = {"question": self.question, "corpus": self.corpus.digest, "python": self.pool is not None}
+                    asked = {"question": self.question, "corpus": self.corpus.digest, "python": self.pool is not None, "system": self.system}
                     for key, value in asked.items():
-                        if event[key] != value:
+                        if event.get(key, value) != value:  # system stands in no older log
                             raise SwarmError(f"the log is of another {key}: resume with the same one, or choose another run")
                 case {"kind": "answer", "agent": agent, "step": step, "message": message}:
                     self._answers[agent, step] = message
@@ -308,7 +308,7 @@ class Swarm:
         agent.state = ", ".join(sorted({call.name for call in calls})) or "errs"
         stage = []  # steps of the subtasks that this answer gives away
         places = sorted(range(len(calls)), key=lambda place: calls[place].name != "create_subagent")
-        own = [place for place, call in enumerate(calls) if call.name not in ("create_subagent", "assign_task")]
+        own = [place for place, call in enumerate(calls) if call.name not in DELEGATING]
         surplus = set(own[self.limits.own_calls :])
         begun = [self._begin(agent, step, place, calls[place], stage, place in surplus) for place in places]
         texts = dict(zip(places, await _together([self._finish(agent, step, place, work) for place, work in zip(places, begun)])))

@@ -141,7 +141,7 @@ def _agent(run, name):
     second, status = run.ended(name)
     if name == "main":
         kind, prompt, begin, start, again, told = "", run.start["question"], 0.0, 0, "", ""
-        system, why, end = run.start["system"], run.end["why"] if run.end else "", max(run.level.values(), default=0)
+        system, why, end = run.start.get("system", ""), run.end["why"] if run.end else "", max(run.level.values(), default=0)
     else:
         given = run.assigned[name]
         kind, prompt, why = given["agent"], given["prompt"], ""

@@ -17,12 +17,10 @@ Run: python train_small.py toggle --run runs/toggle        (minutes: README)
 Public names: ToggleConfig, ARMS, MODEL, base, arm, report, main.     Tests: pytest tests/test_toggle_experiment.py
 """
 
-import argparse
 import dataclasses
 import json
 import math
 import pathlib
-import sys
 import time
 from dataclasses import dataclass
 
@@ -35,11 +33,11 @@ from environment import Environment, Toolset
 from interpreter import InterpreterPool
 from k25 import K25, K25Config, load, save
 from rl import Learner, RLConfig, RLError, sample_groups
-from rl_job import add_flags, draw_pool, measure, take_flags
+from rl_job import draw_pool, measure
 from rl_report import plot_arms
 from rollout import Sampling, derive
 from sft import SFTConfig, SFTError, finetune
-from study import StudyError, bootstrap, read_rows, run_cells
+from study import StudyError, bootstrap, read_rows, run_cells, run_study
 from tokenizer import Tokenizer
 
 ARMS = ("plain", "toggle", "rigid", "penalty")
@@ -258,31 +256,19 @@ def _plots(folder, t, seeds, arms, bases):
     plot_arms({f"level {HARDER}: accuracy against the cap, times the budget": lines}, folder / "caps.png")
 
 
+def _work(folder, t):
+    shared = {k: v for k, v in dataclasses.asdict(t).items() if k not in ("run", "seeds", "first_seed", "workers")}
+    seeds = range(t.first_seed, t.first_seed + t.seeds)
+    cells = {f"base-{s}": {"seed": s} | shared for s in seeds}
+    bases = run_cells(folder, cells, base, dict.fromkeys(cells, t.sft_steps + t.base_iterations), t.workers, "bases")
+    cells = {f"{name}-{s}": {"arm": name, "seed": s, "cap": bases[f"base-{s}"]["cap"]} | shared for s in seeds for name in ARMS}
+    arms = run_cells(folder, cells, arm, dict.fromkeys(cells, t.iterations), t.workers, "arms")
+    return report(folder, t, bases, arms)
+
+
 def main(arguments=None):
     """Run what is missing, then write the report. Exit code 2 with one line on misuse."""
-    parser = argparse.ArgumentParser(prog="train_small.py toggle", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    add_flags(parser, ToggleConfig)
-    options = parser.parse_args(arguments)
-    try:
-        began, t = time.perf_counter(), take_flags(options, ToggleConfig)
-        folder = pathlib.Path(t.run)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "config.json", json.dumps(dataclasses.asdict(t) | {"torch": torch.__version__}, indent=2) + "\n")
-        shared = {k: v for k, v in dataclasses.asdict(t).items() if k not in ("run", "seeds", "first_seed", "workers")}
-        seeds = range(t.first_seed, t.first_seed + t.seeds)
-        cells = {f"base-{s}": {"seed": s} | shared for s in seeds}
-        bases = run_cells(folder, cells, base, dict.fromkeys(cells, t.sft_steps + t.base_iterations), t.workers, "bases")
-        cells = {f"{name}-{s}": {"arm": name, "seed": s, "cap": bases[f"base-{s}"]["cap"]} | shared for s in seeds for name in ARMS}
-        arms = run_cells(folder, cells, arm, dict.fromkeys(cells, t.iterations), t.workers, "arms")
-        print("\n".join(report(folder, t, bases, arms)))
-        print(f"{folder / 'report.md'}   {(time.perf_counter() - began) / 60:.1f} minutes")
-    except (StudyError, RLError, SFTError, OSError) as error:
-        print(f"train_small.py toggle: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ntrain_small.py toggle: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_study("toggle", __doc__, ToggleConfig, _work, (StudyError, RLError, SFTError, OSError), arguments)
 
 
 if __name__ == "__main__":

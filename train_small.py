@@ -553,7 +553,8 @@ def read_flags(arguments):
 
 COMMANDS = {  # first argument to (module, what its main is told)
     "rl": ("rl_job", {}), "toggle": ("toggle_experiment", {}),
-    "zero-vision": ("vision_experiments", {"command": "zero-vision"}), "transfer": ("vision_experiments", {"command": "transfer"}), "parl": ("parl_experiment", {}),
+    "zero-vision": ("vision_experiments", {"command": "zero-vision"}), "transfer": ("vision_experiments", {"command": "transfer"}),
+    "parl": ("parl_experiment", {}),
 }  # fmt: skip
 
 

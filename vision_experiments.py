@@ -15,7 +15,6 @@ Public names: StudySettings, TransferSettings, sft_cell, rl_cell, zero_vision_re
 Tests: pytest tests/test_vision_experiments.py
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -35,12 +34,12 @@ from environment import Click, Environment, Python, Toolset
 from interpreter import InterpreterPool
 from k25 import load, save
 from rl import Learner, RLConfig, RLError
-from rl_job import MEASURED_AT, add_flags, draw_pool, measure, take_flags
+from rl_job import MEASURED_AT, draw_pool, measure
 from rl_report import plot_arms, plot_trajectories
 from rollout import Sampling, derive
 from sft import SFTConfig, SFTError, finetune
 from sources import SOURCES
-from study import StudyError, bootstrap, calibration_error, read_rows, run_cells
+from study import StudyError, bootstrap, calibration_error, read_rows, run_cells, run_study
 from tokenizer import Tokenizer
 
 LOOKED = ("colour", "count", "measure", "chart")  # kinds of task: those whose programs the toy learns to write in minutes
@@ -328,28 +327,15 @@ def _transfer(folder, t):
     return transfer_report(folder, t, found)
 
 
+def _has_model(t):
+    if not (pathlib.Path(t.model) / "config.json").exists():
+        raise StudyError(f"{t.model} holds no model: make one with `make train`, or give --model DIR")
+
+
 def main(arguments=None, command="zero-vision"):
     """Run what is missing of `zero-vision` or `transfer`, then write its report. Exit code 2 with one line on misuse."""
     kind, work = {"zero-vision": (StudySettings, _zero_vision), "transfer": (TransferSettings, _transfer)}[command]
-    parser = argparse.ArgumentParser(prog=f"train_small.py {command}", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-    add_flags(parser, kind)
-    options = parser.parse_args(arguments)
-    try:
-        began, t = time.perf_counter(), take_flags(options, kind)
-        folder = pathlib.Path(t.run)
-        if not (pathlib.Path(t.model) / "config.json").exists():
-            raise StudyError(f"{t.model} holds no model: make one with `make train`, or give --model DIR")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "config.json", json.dumps(dataclasses.asdict(t) | {"torch": torch.__version__}, indent=2) + "\n")
-        print("\n".join(work(folder, t)))
-        print(f"{folder / 'report.md'}   {(time.perf_counter() - began) / 60:.1f} minutes")
-    except (StudyError, RLError, SFTError, CheckpointError, OSError) as error:
-        print(f"train_small.py {command}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\ntrain_small.py {command}: interrupted; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    run_study(command, __doc__, kind, work, (StudyError, RLError, SFTError, CheckpointError, OSError), arguments, _has_model)
 
 
 if __name__ == "__main__":

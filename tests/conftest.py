@@ -120,6 +120,21 @@ def assert_named(op, suspect):
     assert named == suspect.name, cause
 
 
+def right_and_wrong(ops):
+    """The two tests that every module of operations has: that right implementations pass in every dtype, and that each known mistake is
+    caught and named. To be given names that begin with test_."""
+
+    @pytest.mark.parametrize("op", ops, ids=lambda op: op.name)
+    def right(op):
+        assert_right_ones_pass(op)
+
+    @pytest.mark.parametrize("op, suspect", [pytest.param(op, s, id=f"{op.name}-{s.name}") for op in ops for s in op.suspects])
+    def wrong(op, suspect):
+        assert_named(op, suspect)
+
+    return right, wrong
+
+
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     """A ManifestSource of thirty text rows and thirty captioned pictures."""

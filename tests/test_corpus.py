@@ -130,3 +130,14 @@ def test_tools_answer_whatever_they_are_asked(tmp_path):
 def test_a_wrong_call_is_told_what_is_wrong(tmp_path, name, arguments, wrong):
     tools = Tools(written(tmp_path, a="x")).declarations
     assert misfit(ToolCall("", name, 0, arguments, ""), tools) == wrong
+
+
+def test_pages_that_are_no_files():
+    """The same corpus as of files with these texts; none is refused."""
+    pages = {"b.md": "an owl\nsings", "a.txt": "two owls"}
+    corpus = Corpus.of(pages)
+    assert corpus.names == ("a.txt", "b.md") and [hit.page for hit in corpus.search("owl")] == ["b.md"]
+    assert corpus.browse("b.md").startswith("an owl\nsings\n[b.md")
+    for pages, piece in (({}, 10), (pages, 0)):
+        with pytest.raises(CorpusError):
+            Corpus.of(pages, piece)

@@ -7,7 +7,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, assert_named, assert_right_ones_pass
+from conftest import assert_close, right_and_wrong
 from hypothesis import given
 
 import adapter
@@ -15,7 +15,6 @@ from conformance import check_op
 from ops_attention import OPS, cache_update, max_logits, rms_norm
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 
 
 # Independent versions: one query of one head at a time, in loops
@@ -94,14 +93,7 @@ def test_max_logits_of_hidden_queries_is_minus_infinity():
     assert max_logits(q, q, latent, latent, kv_b, ~hidden, 3.0).tolist() == [6.0] * 2
 
 
-@EACH
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
-
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_a_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
+test_right_implementations_pass_in_every_dtype, test_a_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if "kv_b" in op.arguments], ids=lambda op: op.name)

@@ -5,14 +5,13 @@ Run: .venv/bin/python -m pytest tests/test_ops_int4.py
 
 import pytest
 import torch
-from conftest import assert_close, assert_named, assert_right_ones_pass
+from conftest import assert_close, right_and_wrong
 from hypothesis import given, settings
 
 from conformance import check_op, twin
 from ops_int4 import OPS, fake_quant, int4_linear, int4_pack, int4_unpack
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 
 
 # Independent versions in plain Python: numbers, hexadecimal digits, no shifts
@@ -91,14 +90,7 @@ def test_fake_quant_lets_the_gradient_of_every_weight_pass():
 # Mistakes and right ways
 
 
-@EACH
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
-
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_a_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
+test_right_implementations_pass_in_every_dtype, test_a_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 # Corners of the inputs

@@ -8,20 +8,11 @@ import math
 import pytest
 import torch
 
-from conftest import assert_named, assert_right_ones_pass
+from conftest import right_and_wrong
 from ops_media import OPS, frame_indices, media_splice, media_tokens, patchify, resize_plan, timestamp
 
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_every_known_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
-
-
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
+test_right_implementations_pass_in_every_dtype, test_every_known_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 def test_patches_hold_channel_dy_dx_and_stand_row_by_row():

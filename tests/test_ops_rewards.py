@@ -12,7 +12,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import assert_named, assert_right_ones_pass
+from conftest import right_and_wrong
 from hypothesis import given, settings
 
 import adapter
@@ -20,7 +20,6 @@ from conformance import check_op
 from ops_rewards import OPS, box_f1, count_score, ocr_score, point_f1, polygon_iou
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 BY_NAME = {op.name: op for op in OPS}
 
 
@@ -150,14 +149,7 @@ def test_writing_and_counts_of_hand_worked_answers():
 # Mistakes and right ways
 
 
-@EACH
-def test_right_implementations_pass(op):
-    assert_right_ones_pass(op)
-
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_a_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
+test_right_implementations_pass, test_a_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 # Corners of the inputs

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, assert_named, assert_right_ones_pass
+from conftest import assert_close, right_and_wrong
 from hypothesis import given, settings
 
 import adapter
@@ -16,7 +16,6 @@ from conformance import check, check_op, load_implementation
 from ops_rl import OPS, group_advantages, mismatch_weights, policy_objective, token_logprobs
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 BY_NAME = {op.name: op for op in OPS}
 LN2 = math.log(2)
 
@@ -146,14 +145,7 @@ def test_the_objective_of_a_hand_worked_batch():
 # Mistakes and right ways
 
 
-@EACH
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
-
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_a_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
+test_right_implementations_pass_in_every_dtype, test_a_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 # (words that the cause must hold, a module that makes the mistake without a line of the suspects)

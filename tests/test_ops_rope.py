@@ -9,7 +9,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
-from conftest import assert_named, assert_right_ones_pass
+from conftest import right_and_wrong
 from hypothesis import given
 
 import adapter
@@ -17,7 +17,6 @@ from conformance import check_op
 from ops_rope import OPS, softmax_scale
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 
 
 # Independent versions, from the papers: pairs are complex numbers, YaRN counts turns
@@ -71,14 +70,7 @@ def test_the_released_softmax_scale():
     assert f"{softmax_scale(128, 64, 64.0, 1.0, 1.0):.6f}" == "0.144680"
 
 
-@EACH
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
-
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_a_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
+test_right_implementations_pass_in_every_dtype, test_a_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 def test_tables_are_asked_beyond_the_original_length_and_for_packed_documents():

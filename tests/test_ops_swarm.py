@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_named, assert_right_ones_pass, questions
+from conftest import questions, right_and_wrong
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +20,6 @@ from critical import Stage, Subtask
 from ops_swarm import OPS, critical_steps, item_f1, parl_reward, swarm_advantages
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 KNOTS = torch.tensor(critical.LAMBDAS)
 SUBTASKS = st.builds(Subtask, st.integers(0, 6), st.sampled_from(["", "a", "A ", "b", "c", "d"]), st.booleans())
 EPISODES = st.lists(st.builds(Stage, st.integers(0, 3), st.lists(SUBTASKS, max_size=4).map(tuple)), max_size=4).map(tuple)
@@ -170,14 +169,7 @@ def test_only_the_orchestrators_own_tokens_learn_bug_53():
 # Mistakes and right ways
 
 
-@EACH
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
-
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_a_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
+test_right_implementations_pass_in_every_dtype, test_a_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 FOREIGN = [

@@ -5,22 +5,14 @@ Run: python -m pytest tests/test_ops_text.py
 
 import pytest
 
-from conftest import assert_named, assert_right_ones_pass
+from conftest import right_and_wrong
 from ops_text import OPS, parse, render
 
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 SECTION, CALL, ARGUMENTS = "<|tool_calls_section_begin|>", "<|tool_call_begin|>", "<|tool_call_argument_begin|>"
 END_CALL, END_SECTION = "<|tool_call_end|>", "<|tool_calls_section_end|>"
 
 
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_every_known_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
-
-
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
+test_right_implementations_pass_in_every_dtype, test_every_known_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 def test_a_prompt_is_written_as_by_hand():

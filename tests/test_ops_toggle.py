@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_named, assert_right_ones_pass
+from conftest import right_and_wrong
 from hypothesis import given, settings
 
 import adapter
@@ -16,7 +16,6 @@ from conformance import check, check_op, load_implementation
 from ops_toggle import OPS, rft_select, toggle_budgets, toggle_rewards
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 BY_NAME = {op.name: op for op in OPS}
 
 
@@ -97,14 +96,7 @@ def test_a_choice_of_hand_worked_responses():
 # Mistakes and right ways
 
 
-@EACH
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
-
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_a_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
+test_right_implementations_pass_in_every_dtype, test_a_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 def test_the_misreading_in_foreign_words_is_named(tmp_path):

@@ -6,7 +6,7 @@ Run: .venv/bin/python -m pytest tests/test_ops_training.py
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close, assert_named, assert_right_ones_pass
+from conftest import assert_close, right_and_wrong
 from hypothesis import given, settings
 
 import adapter
@@ -14,7 +14,6 @@ from conformance import check_op
 from ops_training import OPS, adamw_update, cross_entropy, muon_update, newton_schulz, qk_clip
 
 EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 BY_NAME = {op.name: op for op in OPS}
 
 
@@ -137,14 +136,7 @@ def test_qk_clip_of_a_hand_worked_head():
 # Mistakes and right ways
 
 
-@EACH
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
-
-
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_a_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
+test_right_implementations_pass_in_every_dtype, test_a_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 # Corners of the inputs

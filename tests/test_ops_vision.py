@@ -6,25 +6,16 @@ Run: python -m pytest tests/test_ops_vision.py
 import math
 
 import numpy as np
-import pytest
 import torch
 
-from conftest import assert_close, assert_named, assert_right_ones_pass
+from conftest import assert_close, right_and_wrong
 from ops_vision import OPS, patch_embed, pool_merge, position_embedding, project, rope_2d, vit_attention
 
-SUSPECTS = [pytest.param(op, suspect, id=f"{op.name}-{suspect.name}") for op in OPS for suspect in op.suspects]
 PACK = [(1, 2, 4), (3, 4, 2), (1, 2, 2)]
 PATCHES = 8 + 24 + 4
 
 
-@pytest.mark.parametrize("op, suspect", SUSPECTS)
-def test_every_known_mistake_is_caught_and_named(op, suspect):
-    assert_named(op, suspect)
-
-
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
-def test_right_implementations_pass_in_every_dtype(op):
-    assert_right_ones_pass(op)
+test_right_implementations_pass_in_every_dtype, test_every_known_mistake_is_caught_and_named = right_and_wrong(OPS)
 
 
 def random(*shape, seed=0):

@@ -15,10 +15,11 @@ import lookups
 import parl
 from critical import longest_path
 from parl import PARLError, Bounded, Frozen, Shaping, SwarmEnvironment, answer_all, build
-from parl import cold_start, lookup_documents, schedule_all, table_documents, train_subagent, virtual_time
-from policies import ContextFullError, Local
+from parl import cold_start, lookup_documents, schedule_all, table_documents, virtual_time
+from policies import ContextFullError
 from rl import Learner, RLConfig
-from rollout import Handle, Sampling
+from rollout import Sampling
+from sft import SFTConfig, finetune
 from swarm_log import step_graph
 from template import SECTION_BEGIN
 from traces import Scribe
@@ -44,23 +45,21 @@ def frozen(tokenizer):
 
 def scripted(question, writer, environment, tokenizer, seed=0):
     """(Record, stages) of a script in an environment."""
-    return asyncio.run(environment.play(question, Local(Scribe(tokenizer, writer), declare=False), seed))
+    return asyncio.run(environment.play(question, lookups.scripted(tokenizer, writer), seed))
 
 
 def test_only_answers_of_the_orchestrator_carry_loss(tokenizer, frozen):
     """Bugs 53 and 60: neither prompts nor what subagents say is trained on, and every generated token has its log-prob."""
     question = lookups.draw(random.Random(0), "wide", 3)
-    environment = SwarmEnvironment(frozen)
-    handle = Handle(frozen.manager, "q", 0, 0, 0)
-    policy = Local(Scribe(tokenizer, lookups.planned(question)), declare=False)
-    asyncio.run(environment.play(question, policy, 0))
+    policy = lookups.scripted(tokenizer, lookups.planned(question))
+    asyncio.run(SwarmEnvironment(frozen).play(question, policy, 0))
     rollout = policy.rollout()
     said = tokenizer.decode([i for i, own in zip(rollout.ids, rollout.generated) if own])
     heard = tokenizer.decode([i for i, own in zip(rollout.ids, rollout.generated) if not own])
     given = len(question.truth)
     assert said.count("assign_task:") == given and "Return of" not in said and question.text not in said
     assert heard.count("## Return of functions.assign_task") == given and SECTION_BEGIN not in heard
-    assert len(rollout.logprobs) == sum(rollout.generated) and handle.seed == 0
+    assert len(rollout.logprobs) == sum(rollout.generated)
 
 
 def test_subagents_are_sampled_by_their_own_model_and_never_move(tokenizer, frozen):
@@ -68,14 +67,22 @@ def test_subagents_are_sampled_by_their_own_model_and_never_move(tokenizer, froz
     model = build("orchestrator", tokenizer, 1)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     settings = RLConfig(prompts=1, responses=4, slots=8, capacity=256, max_new_tokens=12, rows=4, lr=1e-2)
-    environment = SwarmEnvironment(frozen)
+
+
+    class Paid(SwarmEnvironment):
+        """Rewards that differ, whatever a model of no size does."""
+
+        async def rollout(self, question, handle, seed):
+            return dataclasses.replace(await super().rollout(question, handle, seed), reward=float(seed % 2))
+
+    environment = Paid(frozen)
     with Learner(model, environment, lookups.pool(2, 0, ("single",)), tokenizer, settings) as learner:
         rollouts, _ = learner.iterate()
-    frozen.check()
+    assert frozen.check() == frozen.digest
     assert len(environment.take()) == len(rollouts) == 4
     assert all(parameter.grad is None for parameter in frozen.model.parameters())
-    if len({rollout.reward for rollout in rollouts}) > 1:
-        assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert len({rollout.reward for rollout in rollouts}) == 2
+    assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     with torch.no_grad():
         next(iter(frozen.model.parameters())).view(-1)[0] += 1.0
     with pytest.raises(PARLError, match="have changed"):
@@ -87,7 +94,7 @@ def test_subagents_are_sampled_by_their_own_model_and_never_move(tokenizer, froz
 
 def test_a_script_with_scripted_subagents_has_the_record_it_should(tokenizer, frozen, monkeypatch):
     question = lookups.draw(random.Random(4), "wide", 4)
-    monkeypatch.setattr(Frozen, "policy", lambda self, seed: parl._Scripted(tokenizer))
+    monkeypatch.setattr(Frozen, "policy", lambda self, seed: lookups.ScriptedSubagents(tokenizer))
     record, stages = scripted(question, lookups.planned(question), SwarmEnvironment(frozen), tokenizer)
     given = len(question.rows) * len(question.columns)
     assert (record.performance, record.given, record.width, record.finished, record.parallel, record.redundant) == (1.0, given, given, 1.0, 1.0, 0.0)
@@ -103,8 +110,7 @@ def test_an_agent_makes_its_own_calls_one_by_one(tokenizer, frozen):
         yield "", "", [("browse", {"page": f"{row}.md"}) for row in question.rows[:2]]
         yield "", "no idea", []
 
-    log = []
-    policy = Local(Scribe(tokenizer, both()), declare=False)
+    policy = lookups.scripted(tokenizer, both())
     asyncio.run(SwarmEnvironment(frozen).play(question, policy, 0))
     log = tokenizer.decode(policy.talk().ids)
     assert log.count("Refused: 1 of these calls") == 1 and log.count("the end]") == 1
@@ -124,16 +130,19 @@ def test_virtual_time_is_the_longest_path_in_seconds(tokenizer, frozen, monkeypa
     branch = max(5 * 0.02 + 0.5 + 5 * 0.02, 20 * 0.02)
     assert virtual_time(events) == pytest.approx(10 * 0.02 + 0.5 + branch + 3 * 0.02)
     monkeypatch.setattr(parl, "TOKEN", 0.0)
-    monkeypatch.setattr(parl, "CALL", 0.0)
-    assert virtual_time(events) == 0.0 and len(longest_path(step_graph(events))) == 4
+    monkeypatch.setattr(parl, "CALL", 1.0)
+    for event in events:
+        if event["kind"] == "answer":
+            event["message"]["tool_calls"] = [1]
+    assert virtual_time(events) == len(longest_path(step_graph(events))) == 4  # where every answer takes a second
 
 
 def test_rewards_can_be_shaped_annealed_and_permuted(tokenizer, frozen, monkeypatch):
     knots = Shaping().knots()
     assert knots == ((0.0, 0.5, 0.5), (0.5, 0.2, 0.2), (1.0, 0.0, 0.0))
-    assert Shaping(0.5, 0.0).knots()[1] == (0.5, 0.2, 0.0) and len({k[1:] for k in Shaping(annealed=False).knots()}) == 1
+    assert Shaping(0.5, 0.0).knots()[1] == (0.5, 0.2, 0.0)
     question, rewards = lookups.draw(random.Random(4), "wide", 4), {}
-    monkeypatch.setattr(Frozen, "policy", lambda self, seed: parl._Scripted(tokenizer))
+    monkeypatch.setattr(Frozen, "policy", lambda self, seed: lookups.ScriptedSubagents(tokenizer))
 
     class Half(Scribe):
         manager, seed = None, 0
@@ -152,7 +161,7 @@ def test_rewards_can_be_shaped_annealed_and_permuted(tokenizer, frozen, monkeypa
 
 def test_shuffled_subagents_look_something_else_up(tokenizer, frozen, monkeypatch):
     question = lookups.draw(random.Random(4), "wide", 4)
-    monkeypatch.setattr(Frozen, "policy", lambda self, seed: parl._Scripted(tokenizer))
+    monkeypatch.setattr(Frozen, "policy", lambda self, seed: lookups.ScriptedSubagents(tokenizer))
     record, _ = scripted(question, lookups.planned(question), SwarmEnvironment(frozen, Shaping(shuffled=True)), tokenizer)
     assert record.given >= 4 and record.performance < 1.0
 
@@ -204,9 +213,9 @@ def test_over_the_limit_nonetheless_the_context_is_full(tokenizer):
 
 
 def test_the_cold_start_is_mostly_serial_and_the_same_each_time(tokenizer):
-    first, second = cold_start(16, tokenizer, 3), cold_start(16, tokenizer, 3)
+    first, second = cold_start(16, tokenizer, 3, 0.08), cold_start(16, tokenizer, 3, 0.08)
     assert first == second
-    delegating = [document for document in cold_start(100, tokenizer, 3) if "assign_task:" in tokenizer.decode(document.ids)]
+    delegating = [document for document in cold_start(100, tokenizer, 3, 0.08) if "assign_task:" in tokenizer.decode(document.ids)]
     assert 2 <= len(delegating) <= 20
     assert not [d for d in cold_start(40, tokenizer, 3, delegating=0.0) if "assign_task:" in tokenizer.decode(d.ids)]
 
@@ -214,7 +223,7 @@ def test_the_cold_start_is_mostly_serial_and_the_same_each_time(tokenizer):
 def test_lookups_are_learned_from_and_measured(tokenizer):
     documents = lookup_documents(16, tokenizer, 0)
     assert all("Return of functions.browse" in tokenizer.decode(d.ids) or "unknown" in tokenizer.decode(d.ids) for d in documents)
-    losses = [result.loss for _, result in train_subagent("small", tokenizer, documents, 5, 0)]
+    losses = [result.loss for result in finetune(build("small", tokenizer, 0), documents, SFTConfig(5, 8, 384, 6e-3, 4e-3), tokenizer)]
     assert losses[-1] < losses[0] - 0.25
 
 

@@ -33,7 +33,9 @@ def test_it_runs_reports_and_goes_on(small, tmp_path, capsys):
     text, summary = (folder / "report.md").read_text(), json.loads((folder / "summary.json").read_text())
     for part in ("table 6", "figure 4", "figure 7", "figure 8", "By kind", "By seed", "the same before and after: yes"):
         assert part in text
-    assert summary["best schedule"]["heldout"]["performance"]["mean"] <= 1.0 == summary["serial ceiling"]["wider"]["critical"]["mean"] ** 0
+    ceiling, best = (summary[bound]["wider"] for bound in ("serial ceiling", "best schedule"))
+    assert 0.5 < ceiling["performance"]["mean"] < 1.0 and ceiling["given"]["mean"] == 0.0  # time is up before seven rows are read
+    assert best["given"]["mean"] == 7.0 and best["performance"]["mean"] < 0.2  # by subagents that can do nothing
     assert (folder / "training.png").stat().st_size > 5000 and (folder / "budgets.png").stat().st_size > 3000
     pages = sorted(path.name for path in (folder / "samples").iterdir())
     assert len(pages) == 12 and "parl-1-wide.html" in pages and "item-F1" in (folder / "samples" / "single-1-deep.html").read_text()
