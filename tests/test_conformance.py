@@ -4,6 +4,7 @@ Run: .venv/bin/python -m pytest tests/test_conformance.py --impl my_kernels [--x
      .venv/bin/python -m pytest tests/test_conformance.py            the harness itself
 """
 
+import dataclasses
 import json
 import sys
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import conformance
 import oracle
 from conformance import OPS, ConformanceError, check, check_op, load_implementation, read_xfails, twin
-from conftest import wrong_answers
+from conftest import assert_named, assert_right_ones_pass, wrong_answers
 from op import Op, Suspect, normal
 
 
@@ -347,6 +348,18 @@ def test_rubbish_is_described_and_crashes_nothing(name):
         if records:
             suspect, cause = conformance.diagnose(op, records)
             assert cause and conformance.Finding(name, "float32", 1, records[-1], suspect, cause).text(), what
+
+
+def test_the_tests_of_every_op_can_fail():
+    """A mistake that is none, one under another's name, and a right implementation that is wrong are noticed."""
+    op = OPS["rms_norm"]
+    first, second, *_ = op.suspects
+    for suspect in (dataclasses.replace(first, wrong=op.reference), dataclasses.replace(first, wrong=second.wrong)):
+        with pytest.raises(AssertionError):
+            assert_named(op, suspect)
+    with pytest.raises(AssertionError):
+        assert_right_ones_pass(dataclasses.replace(op, variants={"wrong": first.wrong}))
+    assert_named(op, first)
 
 
 # Arrays of other libraries

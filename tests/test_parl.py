@@ -103,6 +103,18 @@ def test_a_script_with_scripted_subagents_has_the_record_it_should(tokenizer, fr
     assert (record.performance, record.given, record.critical) == (1.0, 0, record.total)
 
 
+def test_a_table_beside_a_call_is_no_answer(tokenizer):
+    """Who still calls when the steps are spent has answered nothing, whatever it wrote."""
+    question = lookups.draw(random.Random(4), "single")
+
+    def busy():
+        while True:
+            yield "", lookups.table(question, question.values()), [("search", {"query": question.rows[0]})]
+
+    record, _ = scripted(question, busy(), SwarmEnvironment(None), tokenizer)
+    assert record.status != "done" and record.performance == 0.0 and record.critical == question.steps
+
+
 def test_an_agent_makes_its_own_calls_one_by_one(tokenizer, frozen):
     question = lookups.draw(random.Random(4), "document", 3)
 
@@ -188,6 +200,7 @@ def test_a_bounded_context_is_relieved(remedy, tokenizer):
     record = asyncio.run(SwarmEnvironment(None, steps=14).play(question, policy, 0))[0]
     talks = {name: tokenizer.decode(talk.ids) for name, (talk, _) in policy._talks.items()}
     assert all(len(talk.ids) <= 330 + parl.NEXT for talk, _ in policy._talks.values())
+    assert not any("the next index" in text for text in talks.values())  # nobody is shown calls of a conversation that was left
     last = talks[policy._name()]
     if remedy == "none":
         assert len(talks) == 1 and record.status == "done" and "answer now" in last

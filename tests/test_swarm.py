@@ -33,6 +33,7 @@ from policies import KEY_VARIABLE, Endpoint, Local, PolicyError, SwarmError
 from rollout import Handle, RolloutManager, Sampling
 from swarm import Limits, Slots, Swarm
 from swarm_log import Log, View, episode, read_calls, read_log, refused, step_graph
+from swarm_trace import trace
 from template import Message
 from tokenizer import Tokenizer
 
@@ -525,6 +526,10 @@ def test_a_log_of_another_question_or_corpus_is_refused(notes, tmp_path):
         (tmp_path / "a.md").write_text("x")
         with pytest.raises(SwarmError, match="the log is of another"):
             Swarm(question, None, Corpus(folder), log)
+    with pytest.raises(SwarmError, match="the log is of another system"):
+        Swarm(QUESTION, None, Corpus(notes), log, system="Be brief.")
+    del log.events[0]["system"]  # an older log
+    assert Swarm(QUESTION, None, Corpus(notes), log)._end and "unfinished" not in trace(log.events)
 
 
 # The endpoint
