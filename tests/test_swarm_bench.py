@@ -5,6 +5,7 @@ Run: .venv/bin/python -m pytest tests/test_swarm_bench.py
 
 import asyncio
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import swarm
 import swarm_bench
 from critical import critical_steps, total_steps
 from k25 import K25
+from swarm import rare_collections
 from swarm_bench import MEASURES, BenchError, Scripted, live, plain, play, subtasks, towers
 from swarm_log import Log, episode, sendable
 
@@ -184,3 +186,22 @@ def test_a_process_that_dies_is_told_in_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(swarm_bench.TRIALS, "traced", os._exit)
     assert swarm.main(["bench", "--skip-live", "--largest", "1", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err.endswith("swarm.py bench: 1 subtasks: the process died, as it does without memory; choose a smaller --largest\n")
+
+
+def test_results_that_are_not_those_of_plain_calls_are_no_measurement(monkeypatch):
+    right = swarm_bench.plain
+    monkeypatch.setattr(swarm_bench, "plain", lambda prompts, corpus: right(prompts, corpus)[::-1])
+    with pytest.raises(BenchError, match="results are not those of plain calls"):
+        swarm_bench.timed(3)
+
+
+def test_collections_are_rare_within_and_as_before_behind():
+    usual = gc.get_threshold()
+    gc.set_threshold(600, 9, 8)
+    try:
+        with pytest.raises(KeyError), rare_collections():
+            assert gc.get_threshold() == (600, 9, 1000)
+            raise KeyError
+        assert gc.get_threshold() == (600, 9, 8)
+    finally:
+        gc.set_threshold(*usual)
