@@ -29,6 +29,7 @@ import traces
 from checkpoint import CheckpointError, write_file
 from environment import Click, Environment, Python, Toolset
 from evaluate import wilson
+from flags import add_flags, one_line, parse_flags, take_flags
 from interpreter import InterpreterPool
 from k25 import load, save
 from objective import ObjectiveError, rft_select
@@ -37,7 +38,6 @@ from rl_report import plot_curves, plot_trajectories
 from rollout import Sampling, derive
 from sft import SFTConfig, SFTError, documents_of, finetune
 from shards import Checkpoints
-from study import add_flags, one_line, take_flags
 from tokenizer import Tokenizer
 
 
@@ -303,13 +303,13 @@ class _Job:
 
 def main(arguments=None):
     """Run the job. Exit code 2 with one line on misuse."""
-    parser = argparse.ArgumentParser(prog="train_small.py rl", description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog="train_small.py rl", usage="train_small.py rl [--FLAG VALUE …]", allow_abbrev=False,
+                                     description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="go on with the run in --run")
     add_flags(parser.add_argument_group("job"), JobConfig)
     add_flags(parser.add_argument_group("reinforcement learning"), RLConfig)
     add_flags(parser.add_argument_group("supervised fine-tuning"), SFTConfig, "sft-")
-    options = parser.parse_args(arguments)
+    options = parse_flags(parser, arguments)
     errors = (JobError, SFTError, RLError, CheckpointError, ObjectiveError, tasks.TaskError, traces.TraceError, OSError)
     with one_line(parser.prog, errors, "the same command with --resume goes on"):
         torch.set_num_threads(1)

@@ -10,18 +10,16 @@ that was begun with other arguments is refused. `log` writes a row of metrics pe
 
 Intervals are bootstraps over seeds and items at once: both are drawn again, and all seeds answer the same items.
 
-Public names: StudyError, Log, read_rows, run_cells, bootstrap, calibration_error, Estimate; add_flags, take_flags, one_line, run_study.
+Public names: StudyError, Log, read_rows, run_cells, bootstrap, calibration_error, Estimate, run_study.
 Tests: pytest tests/test_study.py
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import pathlib
-import sys
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -32,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import write_file
+from flags import add_flags, one_line, parse_flags, take_flags
 
 
 class StudyError(ValueError):
@@ -190,34 +189,6 @@ def calibration_error(confidence, correct, bins=10):
 # ---------------------------------------------------------------------------------------- command line
 
 
-def add_flags(parser, kind, prefix=""):
-    """A flag for each field of a settings class."""
-    for field in dataclasses.fields(kind):
-        name = f"--{prefix}{field.name}".replace("_", "-")
-        if field.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, default=field.default)
-        else:
-            parser.add_argument(name, type=field.type, default=field.default, help=f"({field.type.__name__})")
-
-
-def take_flags(options, kind, prefix=""):
-    """The settings of parsed flags."""
-    return kind(**{field.name: getattr(options, f"{prefix}{field.name}".replace("-", "_")) for field in dataclasses.fields(kind)})
-
-
-@contextlib.contextmanager
-def one_line(program, errors, goes_on="the same command goes on"):
-    """End the process with one line: exit code 2 for `errors`, a tuple of exceptions, 130 when it is interrupted."""
-    try:
-        yield
-    except errors as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; {goes_on}", file=sys.stderr)
-        sys.exit(130)
-
-
 def run_study(command, about, kind, work, errors, arguments=None, ready=lambda t: None):
     """The command line `train_small.py COMMAND` of an experiment that goes on where it was interrupted.
 
@@ -225,10 +196,10 @@ def run_study(command, about, kind, work, errors, arguments=None, ready=lambda t
     lines to print, which writes report.md; ready: function of the settings, raises before anything is written; errors: exceptions
     that are one line and exit code 2. The settings are kept in config.json.
     """
-    parser = argparse.ArgumentParser(prog=f"train_small.py {command}", description=about.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(prog=f"train_small.py {command}", usage=f"train_small.py {command} [--FLAG VALUE …]", allow_abbrev=False,
+                                     description=about.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
     add_flags(parser, kind)
-    options = parser.parse_args(arguments)
+    options = parse_flags(parser, arguments)
     with one_line(parser.prog, errors):
         began, t = time.perf_counter(), take_flags(options, kind)
         ready(t)

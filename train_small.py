@@ -24,7 +24,6 @@ Letters: B rows, T tokens, C hidden, U vocabulary.     Tests: pytest tests/test_
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import importlib
 import importlib.metadata
@@ -46,6 +45,7 @@ import report
 from activations import ActivationError, Memory
 from checkpoint import CheckpointError, write_file
 from data import Blend, DataError, check_length, open_manifest
+from flags import parse_flags
 from k25 import K25, ConfigError, K25Config, load
 from mla import Yarn, rope_frequencies
 from optim import MuonClip, OptimError, lr_at
@@ -537,12 +537,7 @@ def model_config(base, model, vision):
 
 def read_flags(arguments):
     """Arguments to (TrainConfig, K25Config, resume). Unknown flags exit with code 2 and the nearest name."""
-    cli = parser()
-    flags, unknown = cli.parse_known_args(arguments)
-    if unknown:
-        known = [option for action in cli._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-        cli.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
+    flags = parse_flags(parser(), arguments)
     values = vars(flags)
     t = TrainConfig(**{f.name: values[f.name] for f in dataclasses.fields(TrainConfig)})
     base = K25Config.preset(t.preset)

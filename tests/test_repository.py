@@ -20,7 +20,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MOD
 DOCS = {name: ast.get_docstring(tree) or "" for name, tree in TREES.items()}
 
 # Each module may import only what stands before it.
-ORDER = ("moe media pictures optim tokenizer template vit3d example texts scenes sources storage manifest mla checkpoint "
+ORDER = ("flags moe media pictures optim tokenizer template vit3d example texts scenes sources storage manifest mla checkpoint "
          "generate k25 data evaluate report adapter sandbox zygote interpreter rewards objective critical op ops_rope ops_attention ops_int4 ops_experts "
          "ops_training ops_media ops_vision ops_text ops_rl ops_toggle ops_rewards ops_swarm tinygrad_twins patterns conformance taps golden_cases golden_models goldens peer "
          "divergence mutants defects exercises classroom roofline bench_cases bench oracle activations step dep expert_parallel parallel "
