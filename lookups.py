@@ -17,13 +17,13 @@ wide search, deep search, long documents, batch download):
     chain      that of the friend of one person   } only serial work ends in time
 
 No question says how to work. Rows are named a…, b…, c… with a number, so that a small model can find its place; p is for
-pages. The numbers of held-out rows are no row's in training.
+pages. One name in three is held out: its letter and its number are both known from training, but never together.
 
 `serial`, `careless`, `planned` and `aimless` answer as a swarm's orchestrator would, `look_up` as its subagents, each by a script: a
 generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start; the others
 are bounds.
 
-Public names: Question, QuestionError, KINDS, ALONE, draw, pool, table, serial, careless, planned, aimless, look_up, scripted,
+Public names: Question, QuestionError, KINDS, ALONE, held_out, draw, pool, table, serial, careless, planned, aimless, look_up, scripted,
 ScriptedSubagents, single_lookup, findings, vocabulary, merges.
 Tests: pytest tests/test_lookups.py
 """
@@ -95,10 +95,18 @@ class Question:
         return self.kind
 
 
+def held_out(name):
+    """Whether a name, its letter and number together, is kept for held-out questions: one in three is."""
+    return (ord(name[0]) + int(name[1:])) % 3 == 0
+
+
 def _names(rng, rows, others, split):
-    """(names of the rows, names of others), all with different numbers; one number in three is for held-out questions."""
-    numbers = rng.sample([n for n in NUMBERS if (n % 3 == 0) == (split == "heldout")], rows + others)
-    return [f"{letter}{n}" for letter, n in zip(ROWS, numbers[:rows])], [f"{rng.choice(OTHERS)}{n}" for n in numbers[rows:]]
+    """(names of the rows, names of others) of a split, all with different numbers."""
+    names, free = [], list(NUMBERS)
+    for letters in [*ROWS[:rows], *[OTHERS] * others]:
+        names.append(rng.choice([f"{a}{n}" for a in letters for n in free if held_out(f"{a}{n}") == (split == "heldout")]))
+        free.remove(int(names[-1][1:]))
+    return names[:rows], names[rows:]
 
 
 def _person(rng, name, friend, known):

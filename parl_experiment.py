@@ -71,9 +71,9 @@ class PARLConfig:
     first_seed: int = 1  # seed 0 was used to choose the settings
     look_ups: int = 6000  # traces for the subagents
     small_steps: int = 900  # of SFT
-    large_steps: int = 1000
+    large_steps: int = 1200
     traces: int = 8000  # of the cold start
-    base_steps: int = 500  # of each of its two stages
+    base_steps: int = 700  # of each of its two stages
     delegating: float = 0.08  # share of traces with careless delegation
     iterations: int = 30
     prompts: int = 8
@@ -235,7 +235,7 @@ def report(folder, t, crew, base, arms):
     text = [
         "# PARL: learning to work in parallel", "",
         f"{t.seeds} seeds of RL of parl and single, {t.other_seeds} of the others, {t.iterations} iterations of {t.prompts} questions × "
-        f"{t.responses} responses, all from one cold start (so that intervals say nothing of other cold starts); held-out numbers in the names of "
+        f"{t.responses} responses, all from one cold start (so that intervals say nothing of other cold starts); held-out names of "
         "the rows, one sampled episode per question, temperature 1; 95 % intervals: bootstrap over seeds and questions. Chance, guessing a value: "
         "0.17 of the rows that are written down.", "",
         f"Frozen subagents: single look-ups right {crew['small']['right']:.2f} (small, {crew['small']['parameters']:,} parameters) and "

@@ -6,7 +6,7 @@
 Documents are drawn in seeded epochs, each packed into the first row with room; who finds none opens the next batch. The step
 is that of pre-training (step.py).
 
-Public names: SFTConfig, SFTError, batches, finetune, documents_of.     Tests: pytest tests/test_sft.py
+Public names: SFTConfig, SFTError, batches, train_on, finetune, documents_of.     Tests: pytest tests/test_sft.py
 """
 
 import random
@@ -74,17 +74,25 @@ def batches(documents, t, tokenizer, seed):
             free[row] -= len(document.ids)
 
 
-def finetune(model, documents, t, tokenizer, seed=0):
-    """Take t.steps optimizer steps; yields each one's StepResult. The optimizer is new, the rates rise and fall."""
+def train_on(model, source, t, optimizer=None):
+    """Take t.steps optimizer steps on Batches; yields each one's StepResult. The rates rise and fall.
+
+    model: K25; source: iterator of Batch; optimizer: default a new MuonClip of all that requires a gradient; another must
+    carry `peak_lr` in each of its groups.
+    """
     weight = model.language_model.lm_head.weight
-    optimizer = MuonClip.from_named(model.named_parameters(), t.lr, t.adamw_lr, weight_decay=t.weight_decay,
-                                    ns_dtype=torch.bfloat16 if t.dtype == "bfloat16" else None)  # fmt: skip
-    source = batches(documents, t, tokenizer, seed) if t.steps else iter(())
+    optimizer = optimizer or MuonClip.from_named(
+        model.named_parameters(), t.lr, t.adamw_lr, weight_decay=t.weight_decay, ns_dtype=torch.bfloat16 if t.dtype == "bfloat16" else None)  # fmt: skip
     for step in range(t.steps):
         factor = lr_at(step, min(t.warmup, t.steps // 4), t.steps, 1.0, t.floor)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         yield train_step(model, optimizer, [next(source).to(weight.device, weight.dtype)], t)
+
+
+def finetune(model, documents, t, tokenizer, seed=0):
+    """`train_on` whole documents, in an order that depends on the seed."""
+    return train_on(model, batches(documents, t, tokenizer, seed) if t.steps else iter(()), t)
 
 
 def documents_of(rollouts, source="rollout"):

@@ -3,7 +3,7 @@
 Real: the running Python's standard library, as code, as docstrings, and as words and lines written into
 pictures in the fonts that matplotlib ships. Generated: everything of `scenes` and `texts`.
 
-Public: SOURCES (name -> Source), Example, Source, SourceError, mirror, needle, sample_sheet.
+Public: SOURCES (name -> Source), TEXT_WEIGHTS, VISION_WEIGHTS, weighted, Example, Source, SourceError, mirror, needle, sample_sheet.
     rng = random.Random(0)
     SOURCES["colour"].draw(rng, "heldout")   # an Example; all randomness comes from rng
 Tests: .venv/bin/python -m pytest tests/test_sources.py
@@ -26,7 +26,7 @@ import texts
 from example import Draft, Example, Source, SourceError, mirror, pick, split_of, twin
 from pictures import Clip, Strip, font
 
-__all__ = ["SOURCES", "Example", "Source", "SourceError", "mirror", "needle", "sample_sheet"]
+__all__ = ["SOURCES", "TEXT_WEIGHTS", "VISION_WEIGHTS", "Example", "Source", "SourceError", "mirror", "needle", "sample_sheet", "weighted"]
 
 # Parts of the standard library that are tests, tables of numbers, or not the library at all.
 _SKIPPED = {
@@ -206,6 +206,25 @@ _ALL = (
     Source("order", "vision", "video", scenes.propose_order),
 )
 SOURCES = {source.name: source for source in _ALL}
+
+# How often each source is drawn among those of its modality. A document of real code is some ten times as long
+# as a question, so code and docstrings of the library are about 15 % of all text tokens.
+TEXT_WEIGHTS = {
+    "code_document": 0.3, "docstring": 1.0, "repeat": 4.0, "copy": 2.0, "recall": 2.0, "fact_statement": 2.0, "fact_question": 2.0,
+    "sum": 2.0, "next": 1.5, "largest": 1.5, "sort": 1.0, "colour_in_words": 0.5, "shape_in_words": 0.5,
+    "count_in_words": 0.5, "side_in_words": 0.5, "highest_in_words": 0.5, "value_in_words": 0.5, "program": 2.0,
+    "run_sketch": 1.0, "needle": 1.0,
+}  # fmt: skip
+VISION_WEIGHTS = {
+    "caption": 2.0, "interview": 2.0, "colour": 1.0, "shape": 1.0, "emblem": 1.0, "count": 1.0, "where": 0.5,
+    "side": 1.0, "chart_highest": 0.7, "chart_value": 0.7, "read_word": 5.0, "read_line": 1.0, "ground": 0.3,
+    "click": 0.2, "sketch": 0.3, "motion": 0.7, "order": 0.5,
+}  # fmt: skip
+
+
+def weighted(weights):
+    """((Source, weight), …) of {name: weight}: what a data.Blend takes."""
+    return tuple((SOURCES[name], weight) for name, weight in weights.items())
 
 
 def sample_sheet(path, seed: int = 0, columns: int = 6) -> None:

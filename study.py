@@ -10,7 +10,7 @@ that was begun with other arguments is refused. `log` writes a row of metrics pe
 
 Intervals are bootstraps over seeds and items at once: both are drawn again, and all seeds answer the same items.
 
-Public names: StudyError, Log, read_rows, run_cells, bootstrap, calibration_error, Estimate, run_study.
+Public names: StudyError, Log, read_rows, run_cells, spent, bootstrap, calibration_error, Estimate, run_study.
 Tests: pytest tests/test_study.py
 """
 
@@ -68,7 +68,9 @@ def _begin():
 
 
 def _cell(work, folder, name, arguments):
-    return work(folder, name, Log(folder / "cells" / f"{name}.jsonl"), **arguments)
+    """(result, seconds) of a cell."""
+    began = time.perf_counter()
+    return work(folder, name, Log(folder / "cells" / f"{name}.jsonl"), **arguments), time.perf_counter() - began
 
 
 def run_cells(folder, cells, work, rows=None, workers=2, what="cells"):
@@ -92,16 +94,22 @@ def run_cells(folder, cells, work, rows=None, workers=2, what="cells"):
             missing.append(name)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
 
-    def keep(name, result):
-        write_file(path(name), json.dumps({"arguments": cells[name], "result": result}) + "\n")
+    def keep(name, result, seconds):
+        write_file(path(name), json.dumps({"arguments": cells[name], "result": result, "seconds": seconds}) + "\n")
         results[name] = json.loads(json.dumps(result))
 
     if workers == 0:
         for name in missing:
-            keep(name, _cell(work, folder, name, cells[name]))
+            keep(name, *_cell(work, folder, name, cells[name]))
     elif missing:
         _side_by_side(folder, {name: cells[name] for name in missing}, work, rows, workers, what, keep)
     return {name: results[name] for name in cells}
+
+
+def spent(folder):
+    """Minutes that all finished cells of a folder took, each on one thread; None where that was not kept."""
+    kept = [json.loads(path.read_text()).get("seconds") for path in (pathlib.Path(folder) / "cells").glob("*.json")]
+    return None if not kept or None in kept else sum(kept) / 60
 
 
 def _side_by_side(folder, cells, work, rows, workers, what, keep):
@@ -123,7 +131,7 @@ def _side_by_side(folder, cells, work, rows, workers, what, keep):
                     for other in running:
                         other.cancel()
                 else:
-                    keep(name, future.result())
+                    keep(name, *future.result())
             _show(bar, folder, cells)
         if failed:
             raise failed

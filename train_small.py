@@ -17,6 +17,8 @@ And what begins with the model that this makes, each with --help of its own:
      python train_small.py toggle          fewer tokens at equal accuracy?                     (toggle_experiment.py)
      python train_small.py zero-vision     does SFT on text alone make it use tools on pictures?    (vision_experiments.py)
      python train_small.py transfer        does RL on pictures help text?                      (vision_experiments.py)
+     python train_small.py parl            does an orchestrator learn to work in parallel?     (parl_experiment.py)
+     python train_small.py experiments     the report page: every claim, measured              (experiments.py)
 
 Public names: TrainConfig, Stage, plan, train, COMMANDS, main.
 Letters: B rows, T tokens, C hidden, U vocabulary.     Tests: pytest tests/test_train_small.py
@@ -51,7 +53,7 @@ from mla import Yarn, rope_frequencies
 from optim import MuonClip, OptimError, lr_at
 from parallel import Layout, ParallelError, Place, Trainer, join_processes, keep_units, on_first, ranks, stop
 from shards import Checkpoints, RankLost, Watch, export
-from sources import SOURCES, Source
+from sources import TEXT_WEIGHTS, VISION_WEIGHTS, Source, weighted
 from step import train_step
 from storage import Store, StoreSettings
 from texts import pairs_in_filler
@@ -169,21 +171,6 @@ class Stage:
     adamw_rate: float = 1.0  # factor on AdamW's: small where the patch embedding moves
 
 
-# How often each source is drawn among those of its modality. A document of real code is some ten times as long
-# as a question, so code and docstrings of the library are about 15 % of all text tokens.
-TEXT_WEIGHTS = {
-    "code_document": 0.3, "docstring": 1.0, "repeat": 4.0, "copy": 2.0, "recall": 2.0, "fact_statement": 2.0, "fact_question": 2.0,
-    "sum": 2.0, "next": 1.5, "largest": 1.5, "sort": 1.0, "colour_in_words": 0.5, "shape_in_words": 0.5,
-    "count_in_words": 0.5, "side_in_words": 0.5, "highest_in_words": 0.5, "value_in_words": 0.5, "program": 2.0,
-    "run_sketch": 1.0, "needle": 1.0,
-}  # fmt: skip
-VISION_WEIGHTS = {
-    "caption": 2.0, "interview": 2.0, "colour": 1.0, "shape": 1.0, "emblem": 1.0, "count": 1.0, "where": 0.5,
-    "side": 1.0, "chart_highest": 0.7, "chart_value": 0.7, "read_word": 5.0, "read_line": 1.0, "ground": 0.3,
-    "click": 0.2, "sketch": 0.3, "motion": 0.7, "order": 0.5,
-}  # fmt: skip
-
-
 def small_lm(config):
     """The config of the ViT's teacher: half the decoder's layers, all of them dense."""
     layers = (config.num_hidden_layers + 1) // 2
@@ -196,8 +183,7 @@ def plan(t, config):
     longer = dataclasses.replace(
         config, max_position_embeddings=t.long_length,
         yarn=Yarn(factor=t.yarn_factor, original_max_position_embeddings=t.length))  # fmt: skip
-    texts = tuple((SOURCES[name], weight) for name, weight in TEXT_WEIGHTS.items())
-    visions = tuple((SOURCES[name], weight) for name, weight in VISION_WEIGHTS.items())
+    texts, visions = weighted(TEXT_WEIGHTS), weighted(VISION_WEIGHTS)
     far = Source("far_needle", "text", "", lambda rng: pairs_in_filler(rng, rng.randint(t.length, t.long_length - 96), rng.random(), asked=4))
     long_rows = max(t.rows * t.length // t.long_length, 1)
     return [
@@ -549,7 +535,7 @@ def read_flags(arguments):
 COMMANDS = {  # first argument to (module, what its main is told)
     "rl": ("rl_job", {}), "toggle": ("toggle_experiment", {}),
     "zero-vision": ("vision_experiments", {"command": "zero-vision"}), "transfer": ("vision_experiments", {"command": "transfer"}),
-    "parl": ("parl_experiment", {}),
+    "parl": ("parl_experiment", {}), "experiments": ("experiments", {}),
 }  # fmt: skip
 
 

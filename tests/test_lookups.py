@@ -73,7 +73,7 @@ def test_careless_delegation_is_never_a_good_decomposition(tokenizer):
 
 
 def test_names_of_training_and_heldout_do_not_meet():
-    seen = {split: {name[1:] for q in pool(120, 0, split=split) for name in q.rows} for split in ("train", "heldout")}
+    seen = {split: {page.split("\n")[0].removeprefix("old ") for q in pool(120, 0, split=split) for page in q.pages.values()} for split in ("train", "heldout")}
     assert seen["train"] and seen["heldout"] and not seen["train"] & seen["heldout"]
 
 

@@ -25,7 +25,8 @@ ORDER = ("flags moe media pictures optim tokenizer template vit3d example texts 
          "ops_training ops_media ops_vision ops_text ops_rl ops_toggle ops_rewards ops_swarm tinygrad_twins patterns conformance taps golden_cases golden_models goldens peer "
          "divergence mutants defects exercises classroom roofline bench_cases bench oracle activations step dep expert_parallel parallel "
          "schedule footprint trials planner shards dep_report dep_bench scale_bench slots engine rollout tasks environment grm wire records gateway traces sft study rl "
-         "rl_report rl_job toggle_experiment vision_experiments corpus swarm_log swarm_trace policies swarm swarm_bench lookups parl parl_experiment train_small").split()  # fmt: skip
+         "rl_report rl_job toggle_experiment vision_experiments corpus swarm_log swarm_trace policies swarm swarm_bench lookups parl parl_experiment lab fusion "
+         "training_claims vision_claims context_claims beside experiments train_small").split()  # fmt: skip
 LONGEST = 700  # lines; beyond that, one concept of the module becomes a module of its own
 
 each_module = pytest.mark.parametrize("name", MODULES)

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from study import Estimate, StudyError, bootstrap, calibration_error, read_rows, run_cells
+from study import Estimate, StudyError, bootstrap, calibration_error, read_rows, run_cells, spent
 
 
 def double(folder, name, log, value):
@@ -117,3 +117,13 @@ def test_calibration_error_by_hand():
     """Two bins: confidence 0.9 with accuracy ½ (gap 0.4, half of all), 0.2 with accuracy 0 (gap 0.2)."""
     assert calibration_error([0.9, 0.9, 0.2, 0.2], [1, 0, 0, 0]) == pytest.approx(0.3)
     assert calibration_error([1.0, 0.0], [1, 0]) == 0 and calibration_error([], []) == 0
+
+
+def test_minutes_are_those_of_all_cells(tmp_path):
+    cells = {name: {"value": 1} for name in ("a", "b")}
+    run_cells(tmp_path, cells, double, workers=0)
+    kept = [json.loads((tmp_path / "cells" / f"{name}.json").read_text())["seconds"] for name in cells]
+    assert min(kept) > 0 and spent(tmp_path) == pytest.approx(sum(kept) / 60)
+    (tmp_path / "cells" / "a.json").write_text(json.dumps({"arguments": {}, "result": 0}))
+    assert spent(tmp_path) is None and spent(tmp_path / "nowhere") is None
+

@@ -10,7 +10,6 @@ import copy
 import hashlib
 import json
 import re
-import shutil
 
 import pytest
 
@@ -279,23 +278,6 @@ def test_the_page_has_three_blocks_its_policy_knows_both_programs_and_nothing_of
 
 
 # In a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless chromium."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("there is no chromium with its chromedriver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1400,900"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
 
 
 in_a_browser = pytest.mark.xdist_group("browser")

@@ -1,0 +1,166 @@
+"""The report page: what is run is kept, what other commands left is read, and the page is one file for any reader.
+
+The tests with a browser need Debian's chromium and chromium-driver; without them they are skipped.
+Run: .venv/bin/python -m pytest tests/test_experiments.py
+"""
+
+import html.parser
+import json
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+
+import experiments
+from experiments import EXPERIMENTS, PULLED, ExperimentsConfig, Result, kept, main, markdown, page, pull, run_experiment
+from lab import DIRECTION, NOT, REPLICATES, UNTESTABLE, Claim, Scale
+from rl_report import save_figure
+
+HOSTILE = "</title><script>window.bad = 1</script><img src=x onerror='window.bad = 2'> a | b & \"c\" 10 < 9"
+SUMMARIES = {  # what the commands leave, in round numbers
+    "zero-vision": {
+        "zero-vision": {"success with tools": {"mean": 0.2, "low": 0.1, "high": 0.3}, "success, shuffled pictures": {"mean": 0.05}},
+        "none": {"success with tools": {"mean": 0.0, "low": 0.0, "high": 0.01}},
+        "zero-vision less text+vision": {"mean": -0.1, "low": -0.2, "high": -0.01},
+    },
+    "transfer": {
+        "vision": {"text, change": {"mean": 0.02, "low": -0.01, "high": 0.05}, "vision, change": {"mean": 0.1, "low": 0.0, "high": 0.2}},
+        "joint less experts": {"vision": {"mean": 0.0, "low": -0.04, "high": 0.04}, "text": {"mean": -0.1, "low": -0.2, "high": 0.0}},
+    },
+    "toggle": {"toggle": {"tokens against plain's": {"mean": -0.2, "low": -0.3, "high": -0.1}, "accuracy less plain's": {"mean": 0.0, "low": -0.1, "high": 0.1}}},
+    "parl": {
+        "parl less single, heldout": {"mean": 0.2, "low": 0.1, "high": 0.3}, "parl less single, wider": {"mean": 0.2, "low": 0.1, "high": 0.3},
+        "times": {"single": {"steps": [6.0, 8.0, None]}, "parl": {"steps": [3.0, 2.0, 9.0]}},
+    },
+    "dep": {"layouts": [{"figures": {"dep": {"core": {"discounted": [0.97, 0.95, 1.0]}}}}, {"figures": {"dep": {"core": {"discounted": [0.93, 0.89, 0.97]}}}}]},
+}  # fmt: skip
+EXPECTED = {
+    "zero-vision": [REPLICATES, NOT], "transfer": [DIRECTION, REPLICATES, NOT], "toggle": [REPLICATES, DIRECTION],
+    "parl": [REPLICATES, REPLICATES], "dep": [DIRECTION],
+}  # fmt: skip
+
+
+def tiny(scale):
+    """An experiment of one cell with a plot."""
+    found = scale.run("tiny", {"a-1": {"seed": 1}}, cell)
+    figure, axis = plt.subplots(figsize=(12, 2))
+    axis.plot([0, 1])
+    save_figure(figure, scale.folder / "tiny" / "tiny.png")
+    return [Claim("it counts", "nowhere", "1", "a cell", str(found["a-1"]), REPLICATES, "tiny.png"), Claim(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, UNTESTABLE)]
+
+
+def cell(folder, name, log, seed):
+    """Counts how often it was run."""
+    ran = folder / "ran.txt"
+    ran.write_text(ran.read_text() + "x" if ran.exists() else "x")
+    return len(ran.read_text())
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """Results of a tiny experiment in tmp_path."""
+    monkeypatch.setitem(EXPERIMENTS, "tiny", ("test_experiments", "tiny"))
+    scale = Scale(tmp_path, (1,), workers=0)
+    return [run_experiment("tiny", scale)]
+
+
+def test_an_experiment_is_kept_and_its_cells_are_not_run_again(results, tmp_path):
+    assert kept(tmp_path) == results
+    again = run_experiment("tiny", Scale(tmp_path, (1,), workers=0))
+    assert again.claims[0].found == "1" and again.seeds == 1 and again.minutes == results[0].minutes >= 0
+
+
+def test_each_experiment_has_a_function_in_its_module():
+    for module, function in EXPERIMENTS.values():
+        assert callable(getattr(__import__(module), function))
+
+
+@pytest.mark.parametrize("name", PULLED)
+def test_what_another_command_measured_is_read_and_judged(name, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    assert pull(name, tmp_path, source) is None
+    (source / PULLED[name][1]).write_text(json.dumps(SUMMARIES[name]))
+    result = pull(name, tmp_path, source)
+    assert [claim.verdict for claim in result.claims] == EXPECTED[name]
+    assert name == "dep" or result.command.endswith(name)
+    assert kept(tmp_path) == [result]
+
+
+def test_a_plot_of_another_command_comes_along(tmp_path, results):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "summary.json").write_text(json.dumps(SUMMARIES["toggle"]))
+    (source / "arms.png").write_bytes((tmp_path / "tiny" / "tiny.png").read_bytes())
+    pull("toggle", tmp_path, source)
+    assert (tmp_path / "toggle" / "arms.png").read_bytes() == (source / "arms.png").read_bytes()
+    assert "data:image/png" in page(kept(tmp_path)[-1:], tmp_path)
+
+
+def test_a_sign_of_fewer_tokens_is_a_gain(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARIES["toggle"]))
+    assert pull("toggle", tmp_path, tmp_path).claims[0].found == "tokens -20.0 % [-30.0, -10.0]"
+
+
+def test_the_pages_say_every_claim(results, tmp_path):
+    for text in (markdown(results), html_text(page(results, tmp_path))):
+        for claim in results[0].claims:
+            assert all(part in text for part in (claim.title, claim.says, claim.setup, claim.found, claim.verdict))
+        assert "2 claims: 1 replicates, 1 not testable at this scale." in text and "--only tiny" in text
+
+
+def html_text(source):
+    """The text of a page, as a reader sees it."""
+    found, reader = [], html.parser.HTMLParser()
+    reader.handle_data = found.append
+    reader.feed(source)
+    return "".join(found)
+
+
+def test_the_page_is_one_file_and_hostile_words_stay_words(results, tmp_path):
+    source = page(results, tmp_path)
+    assert not re.search(r"(src|href)=.(?!data:image/png|#)", source.replace(experiments.html.escape(HOSTILE), ""))
+    assert "<script" not in source and source.count("<img") == 1
+
+
+def test_the_command_writes_the_page_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(EXPERIMENTS, "tiny", ("test_experiments", "tiny"))
+    monkeypatch.setitem(PULLED, "toggle", (str(tmp_path / "nowhere"), "summary.json"))
+    for _ in range(2):
+        main(["--run", str(tmp_path / "out"), "--only", "tiny,toggle", "--seeds", "1", "--workers", "0"])
+    said = capsys.readouterr().out
+    assert "toggle: " in said and "holds no result yet" in said and said.count("replicates") == 2
+    assert all((tmp_path / "out" / name).exists() for name in ("report.md", "report.html", "config.json"))
+    assert (tmp_path / "out" / "tiny" / "ran.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("flags,word", [(["--only", "fusio"], "fusion"), (["--seeds", "0"], "seeds"), (["--quik"], "--quick")])
+def test_misuse_is_one_line(flags, word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(flags)
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert ended.value.code == 2 and word in error
+
+
+def test_quick_has_a_folder_of_its_own():
+    assert ExperimentsConfig(quick=True).run != ExperimentsConfig().run and ExperimentsConfig(run="x", quick=True).run == "x"
+
+
+@pytest.mark.xdist_group("browser")
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_and_a_desk_in_light_and_dark(browser, results, tmp_path, width, scheme):
+    (tmp_path / "report.html").write_text(page(results, tmp_path), encoding="utf-8")
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    browser.get((tmp_path / "report.html").as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    assert browser.execute_script("return window.bad") is None
+    shown = browser.find_element("css selector", ".claim img")
+    assert browser.execute_script("return arguments[0].naturalWidth", shown) > 1000 and shown.size["width"] <= width
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (int(re.findall(r"\d+", ground)[0]) < 100) == (scheme == "dark")
+
+
+def test_results_without_minutes_say_where_they_stand():
+    assert "Minutes: README." in markdown([Result("dep", (), "python parallel.py dep-bench", None)])
