@@ -20,10 +20,10 @@ No question says how to work. Rows are named a…, b…, c… with a number, so 
 pages. One name in three is held out: its letter and its number are both known from training, but never together.
 
 `serial`, `careless`, `planned` and `aimless` answer as a swarm's orchestrator would, `look_up` as its subagents, each by a script: a
-generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start; the others
-are bounds.
+generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start, `obedient` is
+practice before it, and the others are bounds.
 
-Public names: Question, QuestionError, KINDS, ALONE, held_out, draw, pool, table, serial, careless, planned, aimless, look_up, scripted,
+Public names: Question, QuestionError, KINDS, ALONE, held_out, draw, pool, table, serial, careless, obedient, planned, aimless, look_up, scripted,
 ScriptedSubagents, single_lookup, findings, vocabulary, merges.
 Tests: pytest tests/test_lookups.py
 """
@@ -56,7 +56,7 @@ ATTRIBUTES = ("colour", "city", "food", "pet")  # of persons
 NUMBERS, ROWS, OTHERS = range(10, 100), "abcdefghijkl", "mnoqrstuvwxyz"  # letters of rows, and of everybody else
 SYSTEM = "answer with a table"  # what the orchestrator is told first
 WORKER, ROLE = "worker", "look things up"  # the kind of subagent that scripts create
-STEPS = {"wide": 7, "deep": 11, "document": 5, "download": 6, "single": 4, "chain": 6}  # what the better way to work needs, and a little more
+STEPS = {"wide": 6, "deep": 10, "document": 5, "download": 5, "single": 4, "chain": 6}  # what the better way to work needs, and a little more
 STEP_LEFT = "[One step is left"  # how the runtime asks for the answer
 
 
@@ -281,6 +281,14 @@ def careless(question, rng):
         yield "", table(question, known), []
     else:
         yield from serial(question, rng, known)
+
+
+def obedient(prompt):
+    """One subtask, given away as told, and its result as a table: how the tools are used, not when."""
+    seen = yield "", "", _given([prompt])
+    name, what = prompt.split()
+    value = _told(seen).get((name, what))
+    yield "", "\n".join([f"| name | {what} |", "| - | - |", *([f"| {name} | {value} |"] if value else [])]), []
 
 
 def planned(question, rng=None):

@@ -11,7 +11,8 @@ The policy sees tools and questions; no prompt and no trace shows a good decompo
 they are sampled by another, smaller model, whose tokens are in no rollout and whose weights never change (`Frozen.check`).
 An agent's own calls come one per answer, in the single agent as in the swarm: what is to run side by side must be given away.
 
-Public names: PARLError, SIZES, SUB_STEPS, build, encoded, lookup_documents, table_documents, cold_start, Frozen, Shaping, Record,
+Public names: PARLError, SIZES, SUB_STEPS, build, encoded, lookup_documents, table_documents,
+order_documents, cold_start, Frozen, Shaping, Record,
 SwarmEnvironment, Bounded, REMEDIES, virtual_time, answer_all, schedule_all, score_lookups.     Tests: pytest tests/test_parl.py
 """
 
@@ -41,7 +42,7 @@ SUB_STEPS = 5  # of a subagent, per subtask
 SIZES = {  # beside preset "toy"; the tower, which sees nothing here, is as small as it gets
     "orchestrator": {"hidden_size": 128, "num_hidden_layers": 3, "qk_nope_head_dim": 32, "v_head_dim": 32},
     "small": {"hidden_size": 64, "num_hidden_layers": 2, "qk_nope_head_dim": 16, "v_head_dim": 16},
-    "large": {"hidden_size": 96, "num_hidden_layers": 3, "qk_nope_head_dim": 16, "v_head_dim": 16},
+    "large": {"hidden_size": 96, "num_hidden_layers": 3, "qk_nope_head_dim": 32, "v_head_dim": 32},
 }
 TOWER = {"vt_hidden_size": 16, "vt_num_attention_heads": 2, "vt_num_hidden_layers": 1, "vt_intermediate_size": 16}
 
@@ -115,6 +116,20 @@ def table_documents(number, tokenizer, seed):
         return encoded(talk, "table")
 
     return _documents(one, number, f"{seed} tables")
+
+
+def order_documents(number, tokenizer, seed):
+    """Conversations in which the user says what one subagent shall look up: practice in the use of the tools. The orchestrator is never
+    told so again."""
+
+    async def one(rng):
+        prompt, pages = lookups.single_lookup(rng)
+        policy = lookups.scripted(tokenizer, lookups.obedient(prompt))
+        await Swarm(f"{lookups.WORKER} {prompt}", policy, Corpus.of(pages), Log(None), _limits(2 * SUB_STEPS),
+                    subpolicy=lookups.ScriptedSubagents(tokenizer), system=lookups.SYSTEM).run()  # fmt: skip
+        return encoded(policy.talk(), "order")
+
+    return _documents(one, number, f"{seed} orders")
 
 
 def cold_start(number, tokenizer, seed, delegating):

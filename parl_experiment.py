@@ -35,7 +35,7 @@ import lookups
 from checkpoint import write_file
 from k25 import load, save
 from parl import REMEDIES, SUB_STEPS, Frozen, PARLError, Shaping, SwarmEnvironment, answer_all, build, cold_start, lookup_documents
-from parl import schedule_all, score_lookups, table_documents
+from parl import order_documents, schedule_all, score_lookups, table_documents
 from rl import Learner, RLConfig, RLError
 from rl_report import plot_arms
 from rollout import derive
@@ -70,10 +70,11 @@ class PARLConfig:
     other_seeds: int = 5  # of the arms beside parl and single
     first_seed: int = 1  # seed 0 was used to choose the settings
     look_ups: int = 6000  # traces for the subagents
+    practice: int = 6000  # tables for the orchestrator before its cold start, and half as many look-ups and orders each
     small_steps: int = 900  # of SFT
     large_steps: int = 1200
     traces: int = 8000  # of the cold start
-    base_steps: int = 700  # of each of its two stages
+    base_steps: int = 800  # of each of its two stages
     delegating: float = 0.08  # share of traces with careless delegation
     iterations: int = 30
     prompts: int = 8
@@ -140,11 +141,11 @@ def subagent_cell(folder, name, log, steps, look_ups):
     return {"right": right, "steps": steps, "digest": frozen.digest, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def base_cell(folder, name, log, steps, traces, look_ups, delegating):
-    """SFT on look-ups and tables first, so that copying is learned on short texts, then on whole episodes."""
+def base_cell(folder, name, log, steps, traces, practice, delegating):
+    """SFT on look-ups, orders of one subtask and tables first, so that copying is learned on short texts, then on whole episodes."""
     tokenizer = _tokenizer(folder)
     model = build("orchestrator", tokenizer, 0)
-    practice = lookup_documents(look_ups // 2, tokenizer, name) + table_documents(look_ups, tokenizer, name)
+    practice = [*lookup_documents(practice // 2, tokenizer, name), *order_documents(practice // 2, tokenizer, name), *table_documents(practice, tokenizer, name)]
     episodes = [document for document in cold_start(traces, tokenizer, 0, delegating) if len(document.ids) <= EPISODES.length]
     _taught(model, practice, dataclasses.replace(PRACTICE, steps=steps, floor=0.5), tokenizer, log, stage="practice")
     _taught(model, episodes, dataclasses.replace(EPISODES, steps=steps), tokenizer, log, stage="episodes")
@@ -355,7 +356,7 @@ def _curves(folder, t, names):
 
 def _work(folder, t):
     _tokenizer(folder)
-    cells = {"base": {"steps": t.base_steps, "traces": t.traces, "look_ups": t.look_ups, "delegating": t.delegating}}
+    cells = {"base": {"steps": t.base_steps, "traces": t.traces, "practice": t.practice, "delegating": t.delegating}}
     cells |= {size: {"steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
     rows = {name: cell["steps"] * (1 + (name == "base")) for name, cell in cells.items()}
     models = run_cells(folder, cells, model_cell, rows, t.workers, "models")

@@ -103,6 +103,18 @@ def test_a_script_with_scripted_subagents_has_the_record_it_should(tokenizer, fr
     assert (record.performance, record.given, record.critical) == (1.0, 0, record.total)
 
 
+def test_an_order_is_of_one_subtask_and_its_result_becomes_the_table(tokenizer):
+    """Practice in the use of the tools shows no decomposition."""
+    for document in parl.order_documents(12, tokenizer, 0):
+        told = tokenizer.decode(document.ids)
+        said = tokenizer.decode([i for i, own in zip(document.ids, document.loss) if own])
+        prompt = told.partition(f"{lookups.WORKER} ")[2].partition("<|im_end|>")[0]
+        name, what = prompt.split()
+        assert said.count("assign_task:") == 1 and f'"prompt":"{prompt}"' in said
+        value = told.partition("functions.assign_task:1\n")[2].partition("<|im_end|>")[0].split()[-1]
+        assert (f"| {name} | {value} |" in said) == (value != "unknown") and f"| name | {what} |" in said
+
+
 def test_a_table_beside_a_call_is_no_answer(tokenizer):
     """Who still calls when the steps are spent has answered nothing, whatever it wrote."""
     question = lookups.draw(random.Random(4), "single")

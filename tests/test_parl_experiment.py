@@ -13,7 +13,7 @@ import parl_experiment
 from parl_experiment import PARLConfig, _reached, main
 from study import StudyError
 
-TINY = ["--seeds", "1", "--other-seeds", "1", "--arms", "parl,single", "--look-ups", "20", "--small-steps", "2", "--large-steps", "2", "--traces", "20", "--base-steps", "3",
+TINY = ["--seeds", "1", "--other-seeds", "1", "--arms", "parl,single", "--look-ups", "20", "--practice", "20", "--small-steps", "2", "--large-steps", "2", "--traces", "20", "--base-steps", "3",
         "--iterations", "2", "--prompts", "2", "--responses", "2", "--pool", "6", "--questions", "1", "--workers", "0"]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ ORDER = ("flags moe media pictures optim tokenizer template vit3d example texts 
          "divergence mutants defects exercises classroom roofline bench_cases bench oracle activations step dep expert_parallel parallel "
          "schedule footprint trials planner shards dep_report dep_bench scale_bench slots engine rollout tasks environment grm wire records gateway traces sft study rl "
          "rl_report rl_job toggle_experiment vision_experiments corpus swarm_log swarm_trace policies swarm swarm_bench lookups parl parl_experiment lab fusion "
-         "training_claims vision_claims context_claims beside experiments train_small").split()  # fmt: skip
+         "training_claims vision_claims context_claims beside experiments train_small course atlas").split()  # fmt: skip
 LONGEST = 700  # lines; beyond that, one concept of the module becomes a module of its own
 
 each_module = pytest.mark.parametrize("name", MODULES)
