@@ -35,10 +35,9 @@ from moe import balance_bias_, load_counts, load_cv, route_fused
 from objective import policy_objective_fused, toggle_budgets, toggle_phase, toggle_rewards
 from op import TOLERANCE
 from optim import lr_at, newton_schulz_reference, qk_clip_
-from parallel import Layout
 from rl_report import BLUE, GREY, ORANGE, plt, save_figure
 from rollout import NullModel
-from schedule import bubble, draw_spans, schedule_tables, simulate
+from slots import one_thread
 from sources import SOURCES
 from swarm import Limits, Swarm
 from swarm_log import Log, episode
@@ -46,7 +45,6 @@ from swarm_trace import facts
 from taps import capture, standard_prompts
 from template import segments
 from tokenizer import Tokenizer
-from train_small import TrainConfig, plan
 from vit3d import pool_merge_reference, rope_table_2d
 
 COURSE = pathlib.Path(__file__).resolve().parent / "COURSE.md"
@@ -69,7 +67,7 @@ def tokens():
              {"role": "tool", "tool_call_id": "x", "content": f"42{forged}"}]  # fmt: skip
     ids = [(i, ours) for text, ours in segments(turns, [("image", [(None, 4)])]) for i in tokenizer.encode(text, specials=ours)]
     names = {token: text for text, token in tokenizer.special_tokens.items()}
-    figure, axis = plt.subplots(figsize=(13, 7.2))
+    figure, axis = plt.subplots(figsize=(13, 6.4))
     row, column, used = 0, -1, {}
     for token, ours in ids:
         row, column = (row + 1, 0) if token in (tokenizer.im_assistant, tokenizer.im_system) or column == 35 else (row, column + 1)
@@ -79,8 +77,8 @@ def tokens():
         axis.text(column + 0.47, row + 0.38, "" if ours else tokenizer.decode([token]).replace("\n", "↵"), ha="center", va="center", fontsize=11)
         axis.text(column + 0.47, row + (0.45 if ours else 0.75), token, ha="center", va="center", fontsize=7, color="white" if ours else "black")
     for place, token in enumerate(used):
-        axis.text(place % 4 * 9, row + 2 + place // 4 * 0.55, f"{token}  {names[token]}", fontsize=10, color=used[token])
-    axis.set(xlim=(0, 36), ylim=(row + 4.4, -0.2), title="A picture, a call, its result, and where the model goes on: each token with its id")
+        axis.text(place % 4 * 9.2, row + 1.6 + place // 4 * 0.5, f"{token}  {names[token]}", fontsize=9, color=used[token])
+    axis.set(xlim=(0, 36), ylim=(row + 3.4, -0.2), title="A picture, a call, its result, and where the model goes on: each token with its id")
     axis.axis("off")
     special = sum(ours for _, ours in ids)
     return figure, (f"{len(ids)} tokens, {special} of them special; the {forged} that the tool wrote is "
@@ -89,6 +87,8 @@ def tokens():
 
 def packed_rows():
     """A batch of joint pre-training: documents side by side, pictures in them, what carries loss, and who sees whom."""
+    from train_small import TrainConfig, plan  # here: it loads torch's pipelines, which takes longer than all else
+
     t, config = TrainConfig(), K25Config.preset("toy")
     stage = next(stage for stage in plan(t, config) if stage.name == "joint")
     tokenizer = Tokenizer(config.vocab_size)
@@ -99,16 +99,16 @@ def packed_rows():
     kind = torch.where(pads, 5, kind).masked_fill(~filled, 0)
     colours = plt.matplotlib.colors.ListedColormap(["white", "#9fb8d8", "#c9d8ea", "#f0b27a", "#f7d3b0", RED])
     figure, axes = plt.subplot_mosaic("aab;ccb", figsize=(15, 6.4), layout="constrained")
-    axes["a"].imshow(kind, aspect="auto", cmap=colours, vmin=0, vmax=5, interpolation="nearest")
-    axes["c"].imshow(batch.loss_mask, aspect="auto", cmap="Greys", interpolation="nearest")
-    axes["b"].imshow(visibility(batch.segment_ids[:1], batch.segment_ids[:1])[0, 0], cmap="Blues", interpolation="nearest")
+    axes["a"].imshow(kind.numpy(), aspect="auto", cmap=colours, vmin=0, vmax=5, interpolation="nearest")
+    axes["c"].imshow(batch.loss_mask.numpy(), aspect="auto", cmap="Greys", interpolation="nearest")
+    axes["b"].imshow(visibility(batch.segment_ids[:1], batch.segment_ids[:1])[0, 0].numpy(), cmap="Blues", interpolation="nearest")
     for name, title in {"a": "documents: text blue, with a picture orange, its places red, padding white", "c": "which targets carry loss"}.items():
         axes[name].set(title=title, xlabel="place in the row", ylabel="row of the batch")
     axes["b"].set(title="row 0: who sees whom", xlabel="key", ylabel="query")
     shares = [sum(number(b) for b in batches) / len(batches) / batch.ids.numel()
               for number in (lambda b: int(b.vision.sum()), lambda b: int((b.segment_ids < 0).sum()), lambda b: int(b.loss_mask.sum()))]  # fmt: skip
-    places = f"{batch.ids.numel():,} places hold {int(batch.segment_ids.amax(dim=1).add(1).sum())} documents and {len(batch.grid_thw)} media items"
-    return figure, f"{places}; over {len(batches)} batches {shares[0]:.1%} vision, {shares[1]:.1%} padding, {shares[2]:.1%} with loss"
+    return figure, (f"{len(batches)} batches of {batch.ids.numel():,} places, asked for {stage.ratio:.0%} vision: {shares[0]:.1%} vision, "
+                    f"{shares[1]:.1%} padding, {shares[2]:.1%} with loss")  # fmt: skip
 
 
 def pooled_clip():
@@ -121,15 +121,15 @@ def pooled_clip():
     figure, axes = plt.subplots(2, 5, figsize=(14, 6.2), layout="constrained")
     angles = rope_table_2d([(1, 8, 8)], 72)[:, :36].angle().view(8, 8, -1)
     for axis, pair in zip(axes[0], (0, 1, 4, 5)):
-        shown = axis.imshow(angles[..., pair], cmap="twilight", vmin=-torch.pi, vmax=torch.pi)
+        shown = axis.imshow(angles[..., pair].numpy(), cmap="twilight", vmin=-torch.pi, vmax=torch.pi)
         axis.set(title=f"pair {pair}: turns by {'row' if pair % 2 else 'column'}", xlabel="column of the patch", ylabel="row")
     figure.colorbar(shown, cax=axes[0, 4].inset_axes([0.1, 0.05, 0.12, 0.9]), label="angle, radians")
     axes[0, 4].axis("off")
     frames = patches.view(t, h, w, 3, side, side).permute(0, 1, 4, 2, 5, 3).reshape(t, h * side, w * side, 3)
     blocks = pooled.view(h // 2, w // 2, 2, 2, 3, side, side).permute(0, 2, 5, 1, 3, 6, 4).reshape(h * side, w * side, 3)
-    titles = [f"frame {number}: {h}×{w} patches" for number in range(t)] + [f"{len(pooled)} tokens of 2×2 patches"]
+    titles = [f"frame {number}: {h}×{w} patches" for number in range(t)] + [f"their mean: {len(pooled)} tokens"]
     for axis, picture, title, step in zip(axes[1], [*frames, blocks], titles, [side] * t + [2 * side]):
-        axis.imshow(picture / 2 + 0.5)
+        axis.imshow((picture / 2 + 0.5).numpy())
         axis.set(title=title, xticks=[], yticks=[])
         for line in range(step, h * side, step):
             axis.axhline(line - 0.5, color=RED, linewidth=0.8)
@@ -162,7 +162,7 @@ def yarn():
         right.axvline(length, color=GREY, linestyle=":")
     left.set(title="Wavelengths of the rotated pairs", xlabel="pair", ylabel="tokens for one full turn")
     right.set(title="Score of a query and a key of ones (rotary part)", xlabel="distance, tokens", ylabel="scale · q·k")
-    left.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.9))
+    left.legend(frameon=False, loc="lower right")
     right.legend(frameon=False)
     return figure, f"softmax scale {scale:.6f}; the ramp runs from pair {start} to pair {end} of {width // 2}"
 
@@ -170,7 +170,7 @@ def yarn():
 def expert_load():
     """Sixteen experts of which some are liked better, with the bias of the router fixed and moved."""
     torch.manual_seed(0)
-    experts, top_k, steps, gamma = 16, 2, 400, TrainConfig().balance_gamma
+    experts, top_k, steps, gamma = 16, 2, 400, 0.002
     weight, liked = torch.randn(experts, 32) / 32**0.5, torch.randn(32)
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
     ends = []
@@ -181,7 +181,7 @@ def expert_load():
             balance_bias_(bias, counts, speed)
             shares.append(counts / counts.sum() * experts)
             spread.append(load_cv(counts).item())
-        shown = axis.imshow(torch.stack(shares, dim=1), aspect="auto", cmap="magma", vmin=0, vmax=4, interpolation="nearest")
+        shown = axis.imshow(torch.stack(shares, dim=1).numpy(), aspect="auto", cmap="magma", vmin=0, vmax=4, interpolation="nearest")
         axis.set(title=name, xlabel="step", ylabel="expert")
         axes[2].plot(spread, color=colour, label=name)
         ends.append(sum(spread[-50:]) / 50)
@@ -197,7 +197,7 @@ def muon_clip():
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 4.8), layout="constrained")
     gradient = torch.randn(48, 96, dtype=torch.float64) * torch.logspace(0, -2, 48, dtype=torch.float64)[:, None]
     values = torch.stack([torch.linalg.svdvals(newton_schulz_reference(gradient, steps)) for steps in range(9)])
-    left.semilogy(values, color=BLUE, linewidth=0.7, alpha=0.7)
+    left.semilogy(values.numpy(), color=BLUE, linewidth=0.7, alpha=0.7)
     left.axvline(5, color=GREY, linestyle=":", label="where Muon stops")
     left.set(title="The 48 singular values of one gradient", xlabel="iterations of Newton–Schulz", ylabel="singular value")
     left.legend(frameon=False)
@@ -212,8 +212,8 @@ def muon_clip():
             if name == "with QK-Clip":
                 qk_clip_(query, key, seen[-1], tau, nope, rope, value)
         grown[name] = torch.stack(seen)
-        right.semilogy(grown[name][:, 0], color=colour, label=f"head 0, {name}")
-    right.semilogy(grown["with QK-Clip"][:, 1], color=GREY, label="head 1, which does not grow")
+        right.plot(grown[name][:, 0], color=colour, label=f"head 0, {name}")
+    right.plot(grown["with QK-Clip"][:, 1], color=GREY, label="head 1, which does not grow")
     right.axhline(tau, color=RED, linestyle=":", label=f"τ = {tau:g}")
     right.set(title="The largest attention logit", xlabel="optimizer step", ylabel="logit")
     right.legend(frameon=False)
@@ -224,8 +224,10 @@ def muon_clip():
 
 def abilities():
     """One held-out question of each ability, and what the six stages train on, how fast."""
+    from train_small import TrainConfig, plan
+
     figure = plt.figure(figsize=(15, 7.6), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2))
+    upper, lower = figure.subfigures(2, 1, height_ratios=(11, 8))
     names = (*evaluate.ABILITIES, "video")
     for axis, name in zip(upper.subplots(1, len(names)), names):
         example = questions([source for source in SOURCES.values() if source.ability == name], 8, 0)[3]
@@ -234,24 +236,28 @@ def abilities():
             for place, frame in enumerate(frames):
                 axis.inset_axes([place / len(frames), 0.52, 0.96 / len(frames), 0.44], xticks=[], yticks=[]).imshow(frame)
         asked = example.text[: example.loss_spans[-1][0]].replace("<image>", "").replace("<video>", "")
-        choices = "\n".join(f"{'→' if choice == example.answer else '   '} {choice}" for choice in example.choices)
+        choices = "\n".join(f"{'>' if choice == example.answer else ' '} {choice}" for choice in example.choices)
         lines = "\n".join(asked[start : start + 17] for start in range(0, len(asked), 17))
         axis.text(0, 0.46 if example.media else 0.96, f"{lines}\n\n{choices}", va="top", family="monospace", fontsize=9, linespacing=1.4)
         axis.set_title(name, fontsize=11)
         axis.axis("off")
     t, axis, done = TrainConfig(), lower.subplots(), 0
-    for stage in plan(t, K25Config.preset("toy")):
+    stages = plan(t, K25Config.preset("toy"))
+    for number, stage in enumerate(stages):
         rates = [t.lr * stage.rate * lr_at(step, min(t.warmup, stage.steps // 4), stage.steps, 1.0, 0.05) for step in range(stage.steps)]
         axis.fill_between(range(done, done + stage.steps), rates, color=plt.matplotlib.colormaps["coolwarm"](0.15 + 0.7 * stage.ratio), alpha=0.8)
-        axis.text(done, 0.0103 if stage.steps < 100 else 0.0099, f" {stage.name}: {stage.ratio:.0%} vision", fontsize=9)
+        axis.text(done + 8, (0.0101, 0.0109)[number % 2], f"{stage.name}: {stage.ratio:.0%} vision", fontsize=9)
         done += stage.steps
     axis.set(title="Six stages: share of vision tokens, and Muon's learning rate", xlabel="optimizer step", ylabel="learning rate", xlim=(0, done + 260),
-             ylim=(0, 0.0115))  # fmt: skip
-    return figure, f"{len(names)} abilities; {done:,} steps in {len(plan(t, K25Config.preset('toy')))} stages"
+             ylim=(0, 0.0118))  # fmt: skip
+    return figure, f"{len(names)} abilities; {done:,} steps in {len(stages)} stages"
 
 
 def pipeline():
     """The same eight microbatches on four ranks, with one stage each and with two interleaved ones."""
+    from parallel import Layout
+    from schedule import bubble, draw_spans, schedule_tables, simulate
+
     figure, axes = plt.subplots(2, 1, figsize=(14, 6), layout="constrained")
     shares = []
     for axis, virtual in zip(axes, (1, 2)):
@@ -289,7 +295,7 @@ def engine_slots():
     starts = {"continuous batching (engine.py)": [steps[0] for steps in drawn]}
     batches = [lengths[first : first + slots] for first in range(0, len(lengths), slots)]
     waits = [sum(max(batch) for batch in batches[:number]) for number in range(len(batches) + 1)]
-    starts["static batches of as many"] = [waits[number // slots] for number in range(len(lengths))]
+    starts[f"static batches of {slots}"] = [waits[number // slots] for number in range(len(lengths))]
     figure, axes = plt.subplots(2, 1, figsize=(13, 6), sharex=True, layout="constrained")
     for axis, (title, begun) in zip(axes, starts.items()):
         free = [0] * slots
@@ -313,15 +319,16 @@ def gradient_mask():
                                    low, high, 0.0, 1.0).value  # fmt: skip
     passes = torch.autograd.grad(value, now)[0] != 0
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    axes[0].imshow(passes.T, origin="lower", extent=(-1, 1, -1, 1), cmap="Blues", vmax=1.6)
-    axes[0].set(title=f"The gradient passes (α = {low}, β = {high})", xlabel="log π − log π_old", ylabel="log π − log π_engine")
+    axes[0].imshow(passes.T.numpy(), origin="lower", extent=(-1, 1, -1, 1), cmap="Blues", vmax=1.6)
+    axes[0].set(title=f"Blue: the gradient passes (α = −{-low}, β = {high})", xticks=(-1, low, 0, high, 1), yticks=(-1, low, 0, high, 1),
+                xlabel="log π − log π_old", ylabel="log π − log π_engine")  # fmt: skip
     lengths, lam, period, cuts = torch.arange(1, 61), 0.8, 10, []
     budget = toggle_budgets([range(10, 51)], 25.0)
     for axis, share, word in zip(axes[1:], (0.9, 0.5), ("most are right", "half are right")):
         earned = torch.where(lengths * 7 % 60 < 60 * share, 1.0, 0.0)
         paid = torch.stack([toggle_rewards(earned, lengths, lengths * 0, budget, step, period, lam) for step in range(40)], dim=1)
-        axis.imshow(paid + earned[:, None], origin="lower", aspect="auto", extent=(0, 40, 0.5, 60.5), interpolation="nearest",
-                    cmap=plt.matplotlib.colors.ListedColormap([PAPER, RED, GREEN]))  # fmt: skip
+        axis.imshow((paid + earned[:, None]).numpy(), origin="lower", aspect="auto", extent=(0, 40, 0.5, 60.5), interpolation="nearest",
+                    cmap=plt.matplotlib.colors.ListedColormap([PAPER, RED, GREEN]), vmin=0, vmax=2)  # fmt: skip
         axis.axhline(budget.item(), color="black", linestyle=":")
         axis.set(title=f"Toggle, {word} (mean {earned.mean():.1f}, λ = {lam})", xlabel="iteration", ylabel="tokens of the response",
                  xticks=range(5, 40, period), xticklabels=[f"phase {toggle_phase(step, period)}" for step in range(0, 40, period)])  # fmt: skip
@@ -352,7 +359,7 @@ def swarm_lanes():
         stages = episode(events)
         axis.set(title=f"{word}: {critical_steps(stages)} critical steps, {total_steps(stages)} in all", ylim=(len(agents) - 0.4, -0.6))
         axis.set_yticks(range(len(agents)), ["orchestrator" if agent["name"] == "main" else agent["messages"][1]["text"] for agent in agents])
-    axes[1].set_xlabel("critical steps (orange: the critical path)")
+    axes[1].set(xlabel="critical steps (orange: the critical path)", xlim=(0, critical_steps(episode(played[0]))))
     alone, together = (critical_steps(episode(events)) for events in played)
     work = total_steps(episode(played[1]))
     return figure, f"{len(question.truth)} items to look up: {alone} critical steps alone, {together} with subagents, who take {work} steps in all"
@@ -373,7 +380,7 @@ def one_wrong_operation():
     axis.annotate(rows[guilty[0]].tap, (guilty[0], rows[guilty[0]].own), (guilty[0] - 1, 3), ha="right", arrowprops={"arrowstyle": "->"})
     begins = {row.tap.rpartition(".layers.")[2].split(".")[0]: place for place, row in reversed(list(enumerate(rows))) if ".layers." in row.tap}
     axis.set_xticks(list(begins.values()), [f"layer {layer}" for layer in begins])
-    axis.set(title="Every operation of one forward pass, one of them wrong", xlabel="operation", ylabel="relative error", ylim=(3e-9, 30))
+    axis.set(title="Every operation of one forward pass, one of them wrong", xlabel="operation", ylabel="relative error (0 at the bottom)", ylim=(3e-9, 30))
     axis.legend(frameon=False, loc="center left")
     differ = sum(row.status == "DIFF" for row in rows)
     return figure, f"{differ} of {len(rows)} operations give other numbers, {len(guilty)} is wrong: {rows[guilty[0]].tap}, {rows[guilty[0]].cause}"
@@ -415,7 +422,8 @@ def main(arguments=None):
             write_file(path, listing(number))
             print(path)
         else:
-            figure, words = PICTURES[number]()
+            with one_thread():
+                figure, words = PICTURES[number]()
             path = options.out or f"picture-{number}.png"
             save_figure(figure, path)
             print(f"{path}: {words}")

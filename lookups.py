@@ -20,10 +20,10 @@ No question says how to work. Rows are named a…, b…, c… with a number, so 
 pages. One name in three is held out: its letter and its number are both known from training, but never together.
 
 `serial`, `careless`, `planned` and `aimless` answer as a swarm's orchestrator would, `look_up` as its subagents, each by a script: a
-generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start, `obedient` is
-practice before it, and the others are bounds.
+generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start, `handful` and
+`obedient` are practice, and the others are bounds.
 
-Public names: Question, QuestionError, KINDS, ALONE, held_out, draw, pool, table, serial, careless, obedient, planned, aimless, look_up, scripted,
+Public names: Question, QuestionError, KINDS, ALONE, held_out, draw, pool, table, serial, careless, handful, obedient, planned, aimless, look_up, scripted,
 ScriptedSubagents, single_lookup, findings, vocabulary, merges.
 Tests: pytest tests/test_lookups.py
 """
@@ -278,6 +278,25 @@ def careless(question, rng):
     seen = yield "", "", _given(given, create=rng.random() < 0.9)
     known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in HOPS}
     if rng.random() < 0.5:
+        yield "", table(question, known), []
+    else:
+        yield from serial(question, rng, known)
+
+
+def handful(question, rng):
+    """Some look-ups of a question and some that are not asked for, given away in any order, of friends in a second stage; then an
+    answer from what is known, or the rest of the work."""
+    hops, column = question.kind in HOPS, rng.choice(question.columns)
+    names = rng.sample(question.rows, rng.randint(1, len(question.rows)))
+    beside = [f"{rng.choice(question.rows)} {rng.choice(ATTRIBUTES)}" for _ in range(rng.randint(0, 2))]
+    given = [f"{name} {'friend' if hops else column}" for name in names] + beside
+    seen = yield "", "", _given(rng.sample(given, len(given)))
+    told = _told(seen)
+    if hops and STEP_LEFT not in seen and (friends := {name: told[name, "friend"] for name in names if (name, "friend") in told}):
+        seen = yield "", "", _given([f"{friend} {column}" for friend in friends.values()], create=False)
+        told = {(name, column): value for name, friend in friends.items() if (value := _told(seen).get((friend, column)))}
+    known = {key: value for key, value in told.items() if key[0] in question.rows and key[1] in question.columns}
+    if STEP_LEFT in seen or rng.random() < 0.5:
         yield "", table(question, known), []
     else:
         yield from serial(question, rng, known)

@@ -12,13 +12,14 @@ they are sampled by another, smaller model, whose tokens are in no rollout and w
 An agent's own calls come one per answer, in the single agent as in the swarm: what is to run side by side must be given away.
 
 Public names: PARLError, SIZES, SUB_STEPS, build, encoded, lookup_documents, table_documents,
-order_documents, cold_start, Frozen, Shaping, Record,
+order_documents, cold_start, reading_documents, Frozen, Shaping, Record,
 SwarmEnvironment, Bounded, REMEDIES, virtual_time, answer_all, schedule_all, score_lookups.     Tests: pytest tests/test_parl.py
 """
 
 import asyncio
 import dataclasses
 import hashlib
+import itertools
 import random
 import statistics
 from dataclasses import dataclass
@@ -132,20 +133,45 @@ def order_documents(number, tokenizer, seed):
     return _documents(one, number, f"{seed} orders")
 
 
-def cold_start(number, tokenizer, seed, delegating):
-    """Conversations to begin with: serial work, and for a share of them, `delegating`, careless delegation.
+def _drawn(rng):
+    """A question of one to six rows; its budget is its own, or for half of them such that serial work ends."""
+    kind = rng.choice(lookups.KINDS)
+    return lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 6), steps=rng.choice((None, 20)))
 
-    Budgets are those of the questions, or for half of them such that serial work ends."""
+
+async def _orchestrated(question, writer, tokenizer):
+    """The conversation of a script whose subagents never err."""
+    policy = lookups.scripted(tokenizer, writer)
+    await Swarm(question.text, policy, Corpus.of(question.pages), Log(None), _limits(question.steps),
+                subpolicy=lookups.ScriptedSubagents(tokenizer), system=lookups.SYSTEM).run()  # fmt: skip
+    return policy.talk()
+
+
+def cold_start(number, tokenizer, seed, delegating):
+    """Conversations to begin with: serial work, and for a share of them, `delegating`, careless delegation."""
 
     async def one(rng):
-        kind = rng.choice(lookups.KINDS)
-        question = lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 6), steps=rng.choice((None, 20)))
-        policy = lookups.scripted(tokenizer, (lookups.careless if rng.random() < delegating else lookups.serial)(question, rng))
-        await Swarm(question.text, policy, Corpus.of(question.pages), Log(None), _limits(question.steps),
-                    subpolicy=lookups.ScriptedSubagents(tokenizer), system=lookups.SYSTEM).run()  # fmt: skip
-        return encoded(policy.talk(), f"{kind} trace")
+        question = _drawn(rng)
+        writer = (lookups.careless if rng.random() < delegating else lookups.serial)(question, rng)
+        return encoded(await _orchestrated(question, writer, tokenizer), f"{question.kind} trace")
 
     return _documents(one, number, f"{seed} cold")
+
+
+def reading_documents(number, tokenizer, seed):
+    """Conversations in which some look-ups were given away: practice in using what comes back. No loss on the giving away."""
+
+    async def one(rng):
+        question = _drawn(rng)
+        document = encoded(await _orchestrated(question, lookups.handful(question, rng), tokenizer), "reading")
+        loss, start = [], 0
+        for own, run in itertools.groupby(document.loss):
+            end = start + len(list(run))
+            loss += [own and "assign_task" not in tokenizer.decode(document.ids[start:end])] * (end - start)
+            start = end
+        return dataclasses.replace(document, loss=tuple(loss))
+
+    return _documents(one, number, f"{seed} reading")
 
 
 # --------------------------------------------------------------------------------------------- subagents

@@ -13,7 +13,7 @@ import torch
 
 import lookups
 import parl
-from critical import longest_path
+from critical import longest_path, table_items
 from parl import PARLError, Bounded, Frozen, Shaping, SwarmEnvironment, answer_all, build
 from parl import cold_start, lookup_documents, schedule_all, table_documents, virtual_time
 from policies import ContextFullError
@@ -113,6 +113,19 @@ def test_an_order_is_of_one_subtask_and_its_result_becomes_the_table(tokenizer):
         assert said.count("assign_task:") == 1 and f'"prompt":"{prompt}"' in said
         value = told.partition("functions.assign_task:1\n")[2].partition("<|im_end|>")[0].split()[-1]
         assert (f"| {name} | {value} |" in said) == (value != "unknown") and f"| name | {what} |" in said
+
+
+def test_practice_in_reading_has_no_loss_on_giving_away_and_says_what_came_back(tokenizer):
+    several = 0
+    for document in parl.reading_documents(24, tokenizer, 0):
+        told = tokenizer.decode(document.ids)
+        said = tokenizer.decode([i for i, own in zip(document.ids, document.loss) if own])
+        several += told.count("assign_task:") > 4
+        assert "assign_task" in told and "assign_task" not in said and "create_subagent" not in said and "| - |" in said
+        _, head, rows = said.removesuffix("<|im_end|>").rpartition("| name")
+        for item in table_items(head + rows):
+            assert item[1] == "name" or f"{item[1]} {item[2]}" in told, item
+    assert several > 3
 
 
 def test_a_table_beside_a_call_is_no_answer(tokenizer):
