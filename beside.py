@@ -1,13 +1,420 @@
-"""Three claims about systems that are named beside Kimi K2.5, with its tower and decoder at toy scale.
+"""Claims about systems that are named beside Kimi K2.5, with its tower and its decoder at toy scale.
 
-    pixels             DeepSeek-OCR: a page that holds r letters per vision token ─▶ tower ─▶ the decoder writes them out, r = 1 … 20
-    reading_order      DeepSeek-OCR 2: tiles ─▶ tower ─▶ [causal queries ─▶] decoder, which writes the tiles' letters by their numbers
-    block_attention    MoBA: records … keys ─▶ decoder whose queries see their own block and the k earlier blocks of largest affinity
+    pixels             DeepSeek-OCR: a page of r letters per vision token ─▶ tower ─▶ the decoder writes them out, r = 2 … 20
+    reading_order      DeepSeek-OCR 2: tiles ─▶ tower ─▶ causal queries ─▶ the decoder writes the tiles' letters in the order of their numbers
+    block_attention    MoBA: records, then keys to look up ─▶ a decoder whose queries see their own block and the k best of those before
 
-Causal queries (DeepEncoder V2): behind the vision tokens stand as many learned queries; in some more layers they see all vision tokens
-and the queries before them, and what becomes of them is all that the decoder gets. Block attention (MoBA): the affinity of a query and a
-block is q · mean of the block's keys, for each head its own; no gradient goes through the choice.
+Causal queries (DeepEncoder V2): behind the V vision tokens of a page stand V learned queries; in some more layers each sees all vision
+tokens and the queries before it, and what becomes of the queries is all that the decoder gets. Block attention: how good a block is for a
+query is q · mean of the block's keys, for each head by itself; no gradient goes through the choice.
 
-Public names: Page, CausalQueries, order_mask, chosen_blocks, cost_of_blocks, cost_of_window, equal_window, BlockMLA, WindowMLA,
+Public names: GRIDS, Page, Tiles, order_mask, CausalQueries, chosen_blocks, cost_of_blocks, cost_of_window, equal_window, BlockMLA, WindowMLA,
 pixels, reading_order, block_attention.     Tests: pytest tests/test_beside.py
 """
+
+import functools
+import random
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+from data import Batch, encode_example, pack_rows
+from example import Draft, Source, split_of
+from k25 import Block, load, save
+from lab import Claim, blend, decoder, judge, judge_alike, pretrain
+from media import MediaConfig
+from mla import MLA, RMSNorm, rope_table
+from moe import normal_init_
+from pictures import COLOURS, PAPER, font
+from rl_report import plot_arms
+from sft import SFTConfig
+from study import bootstrap
+from tokenizer import Tokenizer
+from vit3d import VisionConfig
+
+TILE = 28  # pixels: one vision token
+LETTERS = "ABCDEFGHIJKLMNOP"
+MODEL = {
+    "hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 48, "num_hidden_layers": 2, "n_routed_experts": 4, "q_lora_rank": 48,
+    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+}  # fmt: skip
+ALIKE = 0.05  # shares right that differ by less count as alike
+
+
+def _model(seed, rows, columns):
+    """A decoder with a tower for pages of rows × columns tiles."""
+    tower = VisionConfig(init_pos_emb_height=2 * rows, init_pos_emb_width=2 * columns, vt_hidden_size=96, vt_num_attention_heads=4, vt_num_hidden_layers=2,
+                         vt_intermediate_size=192, text_hidden_size=MODEL["hidden_size"])  # fmt: skip
+    return decoder(seed, **MODEL, vision=tower)
+
+
+@torch.no_grad()
+def _right(model, batch):
+    """Whether the likeliest token is the right one, given those before it: (B,places with loss) floats, 0 or 1. All rows have as many."""
+    media = None if batch.patches is None else model.encode_media(batch.patches, batch.grid_thw)
+    hidden, _ = model.hidden(model.embed(batch.ids, media), batch.positions, batch.segment_ids)
+    best = model.language_model.lm_head(hidden[batch.loss_mask]).argmax(-1)
+    return (best == batch.targets[batch.loss_mask]).float().view(len(batch.ids), -1)
+
+
+def _shares(model, source, asked, change=lambda example: example):
+    """The share of letters that are right in each of the source's held-out examples, which are the same for all seeds and arms."""
+    examples = [change(source.draw(random.Random(f"{source.name} {number}"), "heldout")) for number in range(asked)]
+    documents = [encode_example(example, Tokenizer(), MediaConfig()) for example in examples]
+    right = _right(model, pack_rows(documents, asked, len(documents[0].ids), Tokenizer()))
+    return right[:, :-2].mean(1).tolist()  # without the newline and the end
+
+
+def _table(cells, *keys):
+    """(S,I) of seeds × items, from the results of cells."""
+    return np.array([functools.reduce(lambda found, key: found[key], keys, cell) for cell in cells], float)
+
+
+def _line(xs, tables):
+    """A curve with its intervals, for plot_arms."""
+    found = [bootstrap(table) for table in tables]
+    return xs, [one.mean for one in found], [one.low for one in found], [one.high for one in found]
+
+
+# ----------------------------------------------------------------------------------------------- pixels
+
+GRIDS = {2: (1, 2), 4: (2, 2), 9: (3, 3), 20: (4, 5)}  # letters on a page of one vision token: (rows, columns)
+TENFOLD, TWENTYFOLD = 9, 20
+NEAR = 0.03  # 97 %
+
+
+@functools.lru_cache(maxsize=None)
+def _face(width, height):
+    """The largest mono font whose LETTERS all fit a cell, and how tall they are."""
+    for points in range(2 * height, 4, -1):
+        boxes = [font("mono", points).getbbox(letter, anchor="ms") for letter in LETTERS]
+        if max(right - left for left, _, right, _ in boxes) <= width and max(bottom - top for _, top, _, bottom in boxes) <= height:
+            break
+    return font("mono", points), -min(top for _, top, _, _ in boxes)
+
+
+@functools.lru_cache(maxsize=None)
+def _glyph(letter, width, height, colour="black"):
+    image = Image.new("RGB", (width, height), PAPER)
+    face, tall = _face(width, height)
+    ImageDraw.Draw(image).text((width / 2, (height + tall) // 2), letter, COLOURS[colour], face, anchor="ms")
+    return image
+
+
+@dataclass(frozen=True)
+class Page:
+    """As many letters as are asked for, in rows, on 28 × 28 pixels."""
+
+    text: str
+
+    def render(self):
+        """The RGB picture."""
+        rows, columns = GRIDS[len(self.text)]
+        image = Image.new("RGB", (TILE, TILE), PAPER)
+        for number, letter in enumerate(self.text):
+            row, column = divmod(number, columns)
+            image.paste(_glyph(letter, TILE // columns, TILE // rows), (TILE * column // columns, TILE * row // rows))
+        return image
+
+
+def _writing(kind, ratio):
+    """The source of one ratio: a page to be written out, or the same text to be copied."""
+
+    def propose(rng):
+        text = "".join(rng.choices(LETTERS, k=ratio))
+        return Draft((("<image>", text),), text, (), (Page(text),)) if kind == "pictures" else Draft(((f"{text}:", text),), text)
+
+    return Source(f"{kind} {ratio}", "vision" if kind == "pictures" else "text", "", propose)
+
+
+def _blank(example):
+    return replace(example, media=(Image.new("RGB", (TILE, TILE), PAPER),))
+
+
+def write_out(folder, name, log, kind, seed, steps, rows, length, asked):
+    """Learn to write out all ratios, from pictures or from text. Returns the shares of right letters on held-out texts, by ratio."""
+    t, model, sources = SFTConfig(steps, rows, length, lr=1e-2, adamw_lr=1e-3), _model(seed, 1, 1), {ratio: _writing(kind, ratio) for ratio in GRIDS}
+    pretrain(model, blend([(source, 1.0) for source in sources.values()], float(kind == "pictures"), t, seed), t, log)
+    found = {"right": {ratio: _shares(model, source, asked) for ratio, source in sources.items()}}
+    if kind == "pictures":
+        found["blank"] = {ratio: _shares(model, source, asked, _blank) for ratio, source in sources.items()}
+    return found
+
+
+def pixels(scale):
+    """How many text tokens a vision token can stand for, and pixels.png. scale: lab.Scale. Returns list of Claim."""
+    shared = {"rows": 8, "length": 128, "asked": scale.pick(64, 2)}
+    steps = {"pictures": scale.pick(1000, 2), "text": scale.pick(250, 2)}
+    cells = {f"{kind}-{seed}": {"kind": kind, "seed": seed, "steps": steps[kind]} | shared for seed in scale.seeds for kind in steps}
+    found = scale.run("pixels", cells, write_out, {name: cell["steps"] for name, cell in cells.items()})
+    read = {kind: [found[f"{kind}-{seed}"] for seed in scale.seeds] for kind in steps}
+    tables = {"text tokens": {ratio: _table(read["text"], "right", str(ratio)) for ratio in GRIDS},
+              "pictures": {ratio: _table(read["pictures"], "right", str(ratio)) for ratio in GRIDS},
+              "blank pictures": {ratio: _table(read["pictures"], "blank", str(ratio)) for ratio in GRIDS}}  # fmt: skip
+    lines = {name: _line(list(GRIDS), table.values()) for name, table in tables.items()}
+    plot_arms({"letters right, against letters per vision token": lines}, scale.folder / "pixels" / "pixels.png")
+    setup = (f"random strings of {len(LETTERS)} letters, {', '.join(map(str, GRIDS))} on a page of 28 × 28 pixels (one vision token), one model for all; share of "
+             "letters of held-out strings that are right, those before them given; against the same decoder copying the string from text tokens; "
+             f"chance {1 / len(LETTERS):.3f}")  # fmt: skip
+    pictures, ceiling = tables["pictures"], tables["text tokens"]
+    by_ratio = ", ".join(f"{ratio}×: {bootstrap(table)}" for ratio, table in pictures.items())
+    gap = bootstrap(ceiling[TENFOLD] - pictures[TENFOLD])
+    fall = bootstrap(pictures[TENFOLD] - pictures[TWENTYFOLD])
+    blank = bootstrap(np.concatenate([table for table in tables["blank pictures"].values()], 1))
+    return [
+        Claim("a tenth of the tokens will do", "DeepSeek-OCR", "text as a picture: below 10 text tokens per vision token, 97 % are decoded rightly", setup,
+              f"{by_ratio}; copied at {TENFOLD}× {bootstrap(ceiling[TENFOLD])}, so {gap} are lost, of which {NEAR} would be alike; blank pictures {blank}",
+              judge_alike(gap, NEAR), "pixels.png"),
+        Claim("twice as many do not fit", "DeepSeek-OCR", "97 % below 10×, about 60 % at 20×", setup, f"{TENFOLD}× less {TWENTYFOLD}×: {fall}", judge(fall, 0.37)),
+    ]  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------- reading order
+
+ROWS, COLUMNS = 2, 3  # tiles of a page
+PLACES = ROWS * COLUMNS  # V: vision tokens of a page
+ORDERS = {"raster": 0, "own tile": 2, "causal": 2}  # arm to its layers of queries
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A page of tiles, a letter on each; the n-th to be read carries n, where the order is not that of the rows."""
+
+    letters: str  # by tile
+    order: tuple = ()  # tiles in the order of reading; () is row by row
+
+    def render(self):
+        """The RGB picture."""
+        image = Image.new("RGB", (TILE * COLUMNS, TILE * ROWS), PAPER)
+        half = TILE // 2
+        for tile, letter in enumerate(self.letters):
+            x, y = TILE * (tile % COLUMNS), TILE * (tile // COLUMNS)
+            image.paste(_glyph(letter, half, TILE), (x, y))
+            if self.order:
+                image.paste(_glyph(str(self.order.index(tile) + 1), half, TILE, "red"), (x + half, y))
+        return image
+
+    def read(self):
+        """The letters in the order of reading."""
+        return "".join(self.letters[tile] for tile in self.order or range(PLACES))
+
+
+def _numbered(rng):
+    """A page whose order decides the split: held-out pages are read in orders that were never seen."""
+    page = Tiles("".join(rng.choices(LETTERS, k=PLACES)), tuple(rng.sample(range(PLACES), PLACES)))
+    return Draft((("<image>", page.read()),), f"order {page.order}", (), (page,))
+
+
+def _plain(rng):
+    page = Tiles("".join(rng.choices(LETTERS, k=PLACES)))
+    return Draft((("<image>", page.read()),), page.letters, (), (page,))
+
+
+PAGES = {"numbered": Source("numbered", "vision", "", _numbered), "plain": Source("plain", "vision", "", _plain)}
+
+
+def order_mask(tokens, causal):
+    """Who sees whom among V vision tokens and the V queries behind them, (2V,2V) bool: vision tokens see each other; a query sees all vision
+    tokens and the queries up to itself, or, where it is not causal, only the tile whose number it has, and itself."""
+    every, own = torch.ones(tokens, tokens, dtype=torch.bool), torch.eye(tokens, dtype=torch.bool)
+    queries = (every, every.tril()) if causal else (own, own)
+    return torch.cat((torch.cat((every, ~every), 1), torch.cat(queries, 1)))
+
+
+class CausalQueries(nn.Module):
+    """The projector, and behind it learned queries in some layers of the decoder's kind; takes the place of model.mm_projector."""
+
+    def __init__(self, projector, config, tokens, layers, causal):
+        super().__init__()
+        self.projector, self.config = projector, config
+        self.queries = nn.Parameter(torch.empty(tokens, config.hidden_size))
+        self.layers = nn.ModuleList(Block(replace(config, first_k_dense_replace=layers), index) for index in range(layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("mask", order_mask(tokens, causal), persistent=False)
+        with torch.no_grad():
+            for weight in (self.queries, *self.layers.parameters()):
+                if weight.ndim > 1:
+                    normal_init_(weight, config.initializer_range)
+
+    def forward(self, merged):
+        """(M,4,D), whole pages of V tokens each → (M,C): the outputs of each page's queries."""
+        tokens, config = len(self.queries), self.config
+        seen = self.projector(merged).unflatten(0, (-1, tokens))  # (B,V,C)
+        x = torch.cat((seen, self.queries.expand_as(seen)), 1)  # (B,2V,C)
+        table = rope_table(torch.arange(2 * tokens).expand(len(x), -1), config.qk_rope_head_dim, config.rope_theta, config.yarn)
+        for layer in self.layers:
+            x, _, _ = layer(x, table, self.mask[None, None], None)
+        return self.norm(x[:, tokens:]).flatten(0, 1)
+
+
+def read_pages(folder, name, log, arm, seed, steps, rows, length, asked):
+    """Learn to read both kinds of pages in one arm. Returns the shares of right letters on held-out pages, by kind."""
+    t, model = SFTConfig(steps, rows, length, lr=1e-2, adamw_lr=1e-3), _model(seed, ROWS, COLUMNS)
+    if ORDERS[arm]:
+        model.mm_projector = CausalQueries(model.mm_projector, model.config, PLACES, ORDERS[arm], arm == "causal")
+    pretrain(model, blend([(source, 1.0) for source in PAGES.values()], 1.0, t, seed), t, log)
+    return {kind: _shares(model, source, asked) for kind, source in PAGES.items()}
+
+
+def reading_order(scale):
+    """Whether causal queries read pages in their order, and reading_order.png. scale: lab.Scale. Returns list of Claim."""
+    shared = {"steps": scale.pick(400, 2), "rows": scale.pick(8, 2), "length": 128, "asked": scale.pick(128, 2)}
+    cells = {f"{arm}-{seed}": {"arm": arm, "seed": seed} | shared for seed in scale.seeds for arm in ORDERS}
+    found = scale.run("reading-order", cells, read_pages, dict.fromkeys(cells, shared["steps"]))
+    read = {arm: [found[f"{arm}-{seed}"] for seed in scale.seeds] for arm in ORDERS}
+    tables = {kind: {arm: _table(cells, kind) for arm, cells in read.items()} for kind in PAGES}
+    _bars(tables, scale.folder / "reading-order" / "reading_order.png")
+    shares = {kind: ", ".join(f"{arm} {bootstrap(table)}" for arm, table in arms.items()) for kind, arms in tables.items()}
+    gain, plain = (bootstrap(tables[kind]["causal"] - tables[kind]["own tile"]) for kind in ("numbered", "plain"))
+    more = bootstrap(tables["numbered"]["causal"] - tables["numbered"]["raster"])
+    setup = (f"pages of {ROWS} × {COLUMNS} tiles, half of them numbered and read in that order; causal queries against the same layers whose queries see their own "
+             "tile alone (raster order, as many parameters and operations), and against the tower's tokens; share of letters of {} that are right, those "
+             "before them given; chance {:.3f}, and with the page's tiles read in rows {:.3f}")  # fmt: skip
+    rows = _in_rows(shared["asked"])
+    return [
+        Claim("causal queries read in the order of the content", "DeepSeek-OCR 2", "visual causal flow: OmniDocBench 87.36 → 91.09, edit distance of the reading "
+              "order 0.085 → 0.057", setup.format("held-out orders", 1 / len(LETTERS), rows), f"{shares['numbered']}; causal less own tile {gain}, less raster {more}",
+              judge(gain), "reading_order.png"),
+        Claim("… and are not needed where the order is that of the rows", "DeepSeek-OCR 2", "the gain is one of reading order",
+              setup.format("held-out pages without numbers", 1 / len(LETTERS), 1.0), f"{shares['plain']}; causal less own tile {plain}, of which {ALIKE} would be alike",
+              judge_alike(plain, ALIKE)),
+    ]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- block attention
+
+KEYS, VALUES = 64, 8
+ASKED, ANSWERS = KEYS * VALUES, KEYS * (VALUES + 1)  # the first token of each kind; records are those before
+VOCABULARY = 1024  # the last 256 are special
+LENGTH = 2 * KEYS  # tokens of a document
+BLOCK, MOST = 8, 2  # tokens of a block, earlier blocks that a query sees
+SPARSE = ("full", "blocks", "window", "blocks from scratch")
+
+
+def _lookups(rng, split):
+    """Tokens and targets of a document, and where its records stand: a record of each key, one token each, in any order; then all keys in any
+    order, at each of which the value is to be said."""
+    while True:
+        keys, values, places = rng.sample(range(KEYS), KEYS), rng.choices(range(VALUES), k=KEYS), rng.sample(range(KEYS), KEYS)
+        ids = [key * VALUES + value for key, value in zip(keys, values)] + [ASKED + keys[place] for place in places]
+        if split_of(str(ids)) == split:
+            return ids, [-100] * KEYS + [ANSWERS + values[place] for place in places], places
+
+
+def _lookup_batch(documents):
+    """A Batch of which each row is a document."""
+    ids, targets = (torch.tensor([document[part] for document in documents]) for part in (0, 1))
+    nothing = torch.zeros_like(ids)
+    return Batch(ids, targets, targets >= 0, torch.arange(LENGTH).expand_as(ids), nothing, None, None, None, nothing.bool())
+
+
+def chosen_blocks(query, key_means, block, most):
+    """Which keys each query sees, (B,H,T,T) bool: its own block up to itself, and of the blocks before it the `most` with the largest q · mean key.
+
+    query: (B,H,T,J); key_means: (B,H,N,J), N = T / block. Source: MoBA (arXiv 2502.13189), equations 2 – 6."""
+    tokens, blocks = query.shape[2], key_means.shape[2]
+    own = torch.arange(tokens) // block  # (T,)
+    earlier = torch.arange(blocks) < own[:, None]  # (T,N)
+    affinity = (query @ key_means.mT).masked_fill(~earlier, -torch.inf)  # (B,H,T,N)
+    best = affinity.topk(min(most, blocks), dim=-1)
+    chosen = torch.zeros_like(affinity, dtype=torch.bool).scatter(-1, best.indices, best.values > -torch.inf)
+    chosen |= torch.arange(blocks) == own[:, None]
+    return chosen.repeat_interleave(block, -1) & torch.ones(tokens, tokens, dtype=torch.bool).tril()
+
+
+class BlockMLA(MLA):
+    """MLA with MoBA's choice of blocks; each row is one segment of whole blocks."""
+
+    def __init__(self, config, block, most):
+        super().__init__(config)
+        self.block, self.most = block, most
+
+    @torch.no_grad()
+    def seen(self, x, table):
+        """Which keys each query of x (B,T,C) sees: (B,H,T,T) bool."""
+        config = self.config
+        q_nope, q_rope, latent, rope_key = self.project(x, table)
+        latent, rope_key = (part.unflatten(1, (-1, self.block)).mean(2) for part in (latent, rope_key))  # (B,N,R), (B,N,P): keys are linear in both
+        nope_key = self.kv_b_proj(latent).unflatten(2, (config.num_attention_heads, -1))[..., : config.qk_nope_head_dim]  # (B,N,H,N)
+        key = torch.cat((nope_key, rope_key[:, :, None].expand(*nope_key.shape[:3], -1)), -1)  # (B,N,H,J)
+        return chosen_blocks(torch.cat((q_nope, q_rope), -1).transpose(1, 2), key.transpose(1, 2), self.block, self.most)
+
+    def forward(self, x, table, mask, cache=None, layer=0, asked=None):
+        """As MLA's."""
+        return super().forward(x, table, self.seen(x, table), cache, layer, asked)
+
+
+class WindowMLA(MLA):
+    """MLA whose queries see the last `window` keys, their own included."""
+
+    def __init__(self, config, window):
+        super().__init__(config)
+        self.window = window
+
+    def forward(self, x, table, mask, cache=None, layer=0, asked=None):
+        """As MLA's."""
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril().triu(1 - self.window)
+        return super().forward(x, table, seen[None, None], cache, layer, asked)
+
+
+def cost_of_blocks(tokens, block, most):
+    """Pairs of a query and a key, or a mean of keys, that block attention multiplies over a row; without most blocks it is full attention."""
+    return sum(at % block + 1 + block * min(most, at // block) + at // block for at in range(tokens))
+
+
+def cost_of_window(tokens, window):
+    """The same of a sliding window; a window of all tokens is full attention."""
+    return sum(min(at + 1, window) for at in range(tokens))
+
+
+def equal_window(tokens, block, most):
+    """The smallest window that costs no less than block attention."""
+    return next(window for window in range(1, tokens + 1) if cost_of_window(tokens, window) >= min(cost_of_blocks(tokens, block, most), cost_of_window(tokens, tokens)))
+
+
+def _attend(model, arm):
+    """Give the decoder an arm's attention, its weights kept."""
+    for layer in model.language_model.model.layers:
+        full = layer.self_attn
+        if arm != "full":
+            layer.self_attn = WindowMLA(model.config, equal_window(LENGTH, BLOCK, MOST)) if arm == "window" else BlockMLA(model.config, BLOCK, MOST)
+            layer.self_attn.load_state_dict(full.state_dict())
+    return model
+
+
+def _reader(seed):
+    special = Tokenizer(VOCABULARY)
+    return decoder(seed, vocab_size=VOCABULARY, media_placeholder_token_id=special.media_pad, bos_token_id=special.bos, eos_token_id=special.eos,
+                   pad_token_id=special.pad, first_k_dense_replace=2, initializer_range=0.04, **MODEL | {"hidden_size": 64, "intermediate_size": 128})  # fmt: skip
+
+
+def _documents(seed, split):
+    rng = random.Random(f"lookups {seed} {split}")
+    while True:
+        yield _lookups(rng, split)
+
+
+def _study(model, seed, stage, steps, rows, log):
+    """Train on documents, each seen once."""
+    documents = _documents(f"{seed} {stage}", "train")
+    source = (_lookup_batch(list(islice(documents, rows))) for _ in range(steps))
+    pretrain(model, source, SFTConfig(steps, rows, LENGTH, lr=2e-2, adamw_lr=1e-2), log, stage=stage)
+
+
+def dense(folder, name, log, seed, steps, rows):
+    """Full attention from new weights, the start of the arms; kept in models."""
+    model = _reader(seed)
+    _study(model, seed, "dense", steps, rows, log)
+    save(model, folder / "models" / name)
+
+
+def look_up(folder, name, log, arm, seed, steps, rows, asked):
+    """One arm from its seed's dense model, or from new weights. Returns the lookups (0/1) that are right in held-out documents."""
+    scratch = arm == "blocks from scratch"
+    model = _attend(_reader(seed) if scratch else load(folder / "models" / f"dense-{seed}", dtype=torch.float32), arm)
+    _study(model, seed, "scratch" if scratch else "arm", steps, rows, log)
+    return _right(model, _lookup_batch(list(islice(_documents(0, "heldout"), asked)))).flatten().tolist()

@@ -1,11 +1,11 @@
 """Long context by YaRN, and experts in int4, from one small decoder per seed — K2.5 report 2.1, 4.2, 4.3; K2 report 2.4.
 
                                         ┌─▶ plain RoPE or YaRN, as it is or after a few steps at 8 times the length          yarn
-    prose and needles, 96 tokens long ──┤
+    prose and needles, 128 tokens long ──┤
                                         └─▶ routed experts rounded to int4: as they are, after float steps, after QAT steps   int4
 
-Prose is docstrings, one after the other. A needle is one of several entries `K7` among words: asked for K at the end, the answer
-is 7. Who sees the entries but not which belongs to K is right one time in four.
+Prose is docstrings, one after the other. A needle is a capital letter among words, one of each of six groups of four: its group is the
+key, which of the four it is the value. Asked `?2` at the end, the answer is the letter of group 2 that stood anywhere before; chance is 1/4.
 
 Public names: MODEL, TIMES, propose_prose, propose_needles, lessons, base, extended, quantised, yarn, int4.
 Tests: pytest tests/test_context_claims.py
@@ -37,9 +37,9 @@ MODEL = {
     "hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 32, "num_hidden_layers": 2, "n_routed_experts": 8, "q_lora_rank": 32,
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16, "rope_theta": 1000.0,
 }  # fmt: skip
-KEYS, VALUES = "ABCDEFGH", string.digits
-CHOICES = 4  # entries of a question, one of which is asked for
-LENGTH = 96  # tokens: of training
+GROUPS = tuple(string.ascii_uppercase[start : start + 4] for start in range(0, 24, 4))  # a needle is a letter, its key the group that it is of
+SHORTEST = 4 * len(GROUPS) + 2  # tokens: every group asked for, no words
+RATE, ADAMW_RATE = 1e-2, 6e-3  # peak learning rates
 FACTOR = 8  # of the extension
 TIMES = (1, 2, 4, 8, 16)  # the trained length, at which needles are sought and prose is read
 
@@ -66,38 +66,28 @@ def _words(rng, length):
     return text[start : start + length]
 
 
-def propose_needles(rng, length, pairs, asked, depth=None):
-    """Entries `K7` among words, then questions: `?K` newline after each answer.
+def propose_needles(rng, length, asked, depth=None):
+    """A letter of each group among words, then questions: `?` and, for each, the group's digit, the letter, a newline.
 
-    length: tokens of the document, at least 2·pairs + 3·asked + 2; asked: questions; more than `pairs` ask some keys again; one has choices, the
-    values of all entries; depth: where the entry asked for first stands, 0 … 1, None: anywhere, as all others.
+    length: tokens of the document, at least 3·asked + 8; asked: groups that are asked for; depth: where the letter stands that is
+    asked for first, 0 … 1; None: anywhere, as all others.
     """
-    keys = rng.sample(KEYS, pairs)
-    values = rng.sample(VALUES, pairs) if asked == 1 else rng.choices(VALUES, k=pairs)
-    entries = list(zip(keys, values))
-    words = _words(rng, length - 2 * pairs - 3 * asked - 2)
-    places = [rng.randint(0, len(words)) for _ in entries]
-    turns = [*entries, *rng.choices(entries, k=max(asked - pairs, 0))][:asked]
+    letters = dict(enumerate(map(rng.choice, GROUPS)))
+    groups = rng.sample(range(len(GROUPS)), asked)
+    words = _words(rng, length - len(GROUPS) - 3 * asked - 2)
+    places = {group: rng.randint(0, len(words)) for group in letters}
     if depth is not None:
-        places[0] = round(depth * len(words))
-    for place, (key, value) in sorted(zip(places, entries), reverse=True):  # from the back, so that earlier places stay valid
-        words = words[:place] + key + value + words[place:]
-    rng.shuffle(turns)
+        places[groups[0]] = round(depth * len(words))
+    for group in sorted(places, key=places.get, reverse=True):  # from the back, so that earlier places stay valid
+        words = words[: places[group]] + letters[group] + words[places[group] :]
+    turns = [(str(group), letters[group]) for group in groups]
     turns[0] = (f"{words}?{turns[0][0]}", turns[0][1])
-    choices = tuple(rng.sample(values, pairs)) if asked == 1 else ()
-    return Draft(tuple(turns), f"entries {sorted(entries)}", choices)
-
-
-def _lesson(rng, length):
-    """Entries, half of the time without a word between them, and every key asked for, some again."""
-    pairs = rng.randint(2, 6)
-    least = 8 * pairs + 2
-    return propose_needles(rng, least if rng.random() < 0.5 else rng.randint(least, length), pairs, 2 * pairs)
+    return Draft(tuple(turns), "".join(letters.values()), tuple(GROUPS[groups[-1]]))
 
 
 def lessons(length):
     """What is learned at a length, as (Source, weight)."""
-    return ((Source("needles", "text", "", lambda rng: _lesson(rng, length)), 8.0),
+    return ((Source("needles", "text", "", lambda rng: propose_needles(rng, rng.randint(SHORTEST, length), len(GROUPS))), 4.0),
             (Source("prose", "text", "", lambda rng: propose_prose(rng, length)), 1.0))  # fmt: skip
 
 
@@ -108,8 +98,8 @@ def _drawn(propose, number, name):
 
 def _found(model, length, asked):
     """1 for each question about a needle in `length` tokens that is answered rightly, else 0; depths spread evenly."""
-    examples = _drawn(lambda rng, i: propose_needles(rng, length, CHOICES, 1, (i + 0.5) / asked), asked, f"needles {length}")
-    chosen = evaluate.answer(model, examples, Tokenizer(), rows=max(16384 // length, CHOICES))
+    examples = _drawn(lambda rng, i: propose_needles(rng, length, 1, (i + 0.5) / asked), asked, f"needles {length}")
+    chosen = evaluate.answer(model, examples, Tokenizer(), rows=max(16384 // length, 4))
     return [int(example.choices[choice] == example.answer) for example, choice in zip(examples, chosen)]
 
 

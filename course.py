@@ -113,8 +113,8 @@ def packed_rows():
 
 def pooled_clip():
     """The angles by which a patch's row and column turn its numbers; four frames that become the tokens of one."""
-    item = next(item for seed in itertools.count() for item in video_items(SOURCES["motion"].draw(random.Random(seed)).media[0], K25Config.preset("toy").media)
-                if item.grid[0] == 4)  # fmt: skip
+    clips = (SOURCES["motion"].draw(random.Random(seed)).media[0] for seed in itertools.count())
+    item = next(item for clip in clips for item in video_items(clip, K25Config.preset("toy").media) if item.grid[0] == 4)
     patches, grids = pack([item])
     (t, h, w), side = item.grid, 14
     pooled = pool_merge_reference(patches, [item.grid])  # (M,4,588)
@@ -188,7 +188,8 @@ def expert_load():
     figure.colorbar(shown, ax=axes[1], label="load / mean load")
     axes[2].set(title=f"Unevenness of the load, γ = {gamma}", xlabel="step", ylabel="standard deviation / mean", ylim=(0, None))
     axes[2].legend(frameon=False)
-    return figure, f"standard deviation / mean of the load, last 50 of {steps} steps: {ends[0]:.2f} with the bias fixed, {ends[1]:.2f} with the bias moved"
+    return figure, (f"standard deviation / mean of the load, last 50 of {steps} steps: {ends[0]:.2f} with the bias fixed, "
+                    f"{ends[1]:.2f} with the bias moved")  # fmt: skip
 
 
 def muon_clip():
@@ -248,8 +249,8 @@ def abilities():
         axis.fill_between(range(done, done + stage.steps), rates, color=plt.matplotlib.colormaps["coolwarm"](0.15 + 0.7 * stage.ratio), alpha=0.8)
         axis.text(done + 8, (0.0101, 0.0109)[number % 2], f"{stage.name}: {stage.ratio:.0%} vision", fontsize=9)
         done += stage.steps
-    axis.set(title="Six stages: share of vision tokens, and Muon's learning rate", xlabel="optimizer step", ylabel="learning rate", xlim=(0, done + 260),
-             ylim=(0, 0.0118))  # fmt: skip
+    axis.set(title="Six stages: share of vision tokens, and Muon's learning rate", xlabel="optimizer step", ylabel="learning rate",
+             xlim=(0, done + 260), ylim=(0, 0.0118))  # fmt: skip
     return figure, f"{len(names)} abilities; {done:,} steps in {len(stages)} stages"
 
 
@@ -380,14 +381,15 @@ def one_wrong_operation():
     axis.annotate(rows[guilty[0]].tap, (guilty[0], rows[guilty[0]].own), (guilty[0] - 1, 3), ha="right", arrowprops={"arrowstyle": "->"})
     begins = {row.tap.rpartition(".layers.")[2].split(".")[0]: place for place, row in reversed(list(enumerate(rows))) if ".layers." in row.tap}
     axis.set_xticks(list(begins.values()), [f"layer {layer}" for layer in begins])
-    axis.set(title="Every operation of one forward pass, one of them wrong", xlabel="operation", ylabel="relative error (0 at the bottom)", ylim=(3e-9, 30))
+    axis.set(title="Every operation of one forward pass, one of them wrong", xlabel="operation", ylabel="relative error (0 at the bottom)",
+             ylim=(3e-9, 30))  # fmt: skip
     axis.legend(frameon=False, loc="center left")
     differ = sum(row.status == "DIFF" for row in rows)
     return figure, f"{differ} of {len(rows)} operations give other numbers, {len(guilty)} is wrong: {rows[guilty[0]].tap}, {rows[guilty[0]].cause}"
 
 
-PICTURES = dict(enumerate((tokens, packed_rows, pooled_clip, yarn, expert_load, muon_clip, abilities, pipeline, engine_slots, gradient_mask, swarm_lanes,
-                           one_wrong_operation), 1))  # fmt: skip
+PICTURES = dict(enumerate((tokens, packed_rows, pooled_clip, yarn, expert_load, muon_clip, abilities, pipeline, engine_slots, gradient_mask,
+                           swarm_lanes, one_wrong_operation), 1))  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- command line

@@ -74,7 +74,7 @@ class PARLConfig:
     small_steps: int = 900  # of SFT
     large_steps: int = 1200
     traces: int = 8000  # of the cold start
-    base_steps: int = 800  # of each of its first two stages; half as many in the third
+    base_steps: int = 800  # of each of its three stages
     delegating: float = 0.08  # share of traces with careless delegation
     iterations: int = 30
     prompts: int = 8
@@ -149,8 +149,8 @@ def base_cell(folder, name, log, steps, traces, practice, delegating):
     episodes = [document for document in cold_start(traces, tokenizer, 0, delegating) if len(document.ids) <= EPISODES.length]
     _taught(model, practice, dataclasses.replace(PRACTICE, steps=steps, floor=0.5), tokenizer, log, stage="practice")
     _taught(model, episodes, dataclasses.replace(EPISODES, steps=steps), tokenizer, log, stage="episodes")
-    reading = [document for document in reading_documents(traces // 2, tokenizer, 0) if len(document.ids) <= EPISODES.length]
-    _taught(model, episodes[: traces // 2] + reading, dataclasses.replace(EPISODES, steps=steps // 2), tokenizer, log, stage="reading")
+    reading = [document for document in reading_documents(traces, tokenizer, 0) if len(document.ids) <= EPISODES.length]
+    _taught(model, episodes + reading, dataclasses.replace(EPISODES, steps=steps), tokenizer, log, stage="reading")
     save(model, folder / "models" / name)
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
@@ -360,7 +360,7 @@ def _work(folder, t):
     _tokenizer(folder)
     cells = {"base": {"steps": t.base_steps, "traces": t.traces, "practice": t.practice, "delegating": t.delegating}}
     cells |= {size: {"steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
-    rows = {name: int(cell["steps"] * (2.5 if name == "base" else 1)) for name, cell in cells.items()}
+    rows = {name: cell["steps"] * (3 if name == "base" else 1) for name, cell in cells.items()}
     models = run_cells(folder, cells, model_cell, rows, t.workers, "models")
     start = run_cells(folder, {"start": {"questions": t.questions}}, start_cell, {}, t.workers, "start")["start"]
     settings = {name: getattr(t, name) for name in ("questions", "iterations", "pool", "prompts", "responses", "lr", "adamw_lr")}

@@ -140,10 +140,27 @@ def _other(rng, colour, colours):
     return rng.choice([other for other in colours if other != colour])
 
 
+def _crowd(rng, **given):
+    """A thing in every corner; what is given is that of the first. Returns (corner of the first, Still)."""
+    corners = rng.sample(range(4), 4)
+    things = {corner: _thing(rng, corner, **(given if corner == corners[0] else {})) for corner in corners}
+    return corners[0], Still(tuple(things[corner] for corner in range(4)))
+
+
+def _ask_crowd(rng, word, values):
+    answer, choices = pick(rng, tuple(values))
+    corner, still = _crowd(rng, **{word: answer})
+    return Draft(((f"<image>Q:{CORNERS[corner]} {word}?A:", answer),), repr(still), choices, (still,))
+
+
 IMAGES = (
     _question("colour", COLOURS, lambda rng, answer, _: Still((_thing(rng, _any(rng), colour=answer),)), "<image>"),
     _question("shape", SHAPES, lambda rng, answer, _: Still((_thing(rng, _any(rng), shape=answer),)), "<image>"),
     _question("where", CORNERS, lambda rng, answer, _: Still((_thing(rng, CORNERS.index(answer)),)), "<image>"),
+)
+CROWDED = (  # of a picture with a thing in every corner
+    Source("corner colour", "vision", "", lambda rng: _ask_crowd(rng, "colour", COLOURS)),
+    Source("corner shape", "vision", "", lambda rng: _ask_crowd(rng, "shape", SHAPES)),
 )
 SEEN = (  # what images taught, asked of a clip
     _question("colour", COLOURS, lambda rng, answer, _: Reel(_passing(rng, rng.choice(tuple(MOVES)), colour=answer)), name="clip colour"),
@@ -154,7 +171,7 @@ ORDERED = (  # what only the order of frames tells
     _question("first", COLOURS, lambda rng, answer, choices: Reel(_flashes(rng, answer, _other(rng, answer, choices)))),
     _question("last", COLOURS, lambda rng, answer, choices: Reel(_flashes(rng, _other(rng, answer, choices), answer))),
 )
-SCORED = {source.name: source for source in (*IMAGES, *SEEN, *ORDERED)}
+SCORED = (*IMAGES, *CROWDED, *SEEN, *ORDERED)
 
 
 def _interview(marker, shown, answers, rng):
@@ -169,6 +186,13 @@ def propose_still(rng):
     cell = _any(rng)
     thing = _thing(rng, cell)
     return _interview("<image>", Still((thing,)), {"colour": thing.colour, "shape": thing.shape, "where": CORNERS[cell]}, rng)
+
+
+def propose_crowd(rng):
+    """Three questions about the corners of a full picture."""
+    _, still = _crowd(rng)
+    asked = rng.sample([(word, corner) for word in ("colour", "shape") for corner in range(4)], 3)
+    return _interview("<image>", still, {f"{CORNERS[corner]} {word}": getattr(still.things[corner], word) for word, corner in asked}, rng)
 
 
 def propose_album(rng):
@@ -196,7 +220,7 @@ def propose_flashes(rng):
 
 
 LEARNED = {name: Source(name, "vision", "", propose) for name, propose in
-           (("still", propose_still), ("album", propose_album), ("passing", propose_passing), ("flashes", propose_flashes))}  # fmt: skip
+           (("still", propose_still), ("crowd", propose_crowd), ("album", propose_album), ("passing", propose_passing), ("flashes", propose_flashes))}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ cells
@@ -245,7 +269,7 @@ def arm(folder, name, log, arm, seed, steps, rows, length, asked):
     model = _new(seed) if arm == "scratch" else load(folder / "models" / f"start-{seed}", dtype=torch.float32)
     model.config = dataclasses.replace(model.config, media=ARMS[arm])
     documents = _train(model, ["still"] if arm == "images" else list(LEARNED), log, arm, seed, steps, rows, length)
-    found = {"right": _right(model, IMAGES if arm == "images" else SCORED.values(), asked), "documents": documents}
+    found = {"right": _right(model, IMAGES if arm == "images" else SCORED, asked), "documents": documents}
     if arm == "chunks":
         found["shuffled"] = _right(model, ORDERED, asked, shuffled)
     return found

@@ -4,15 +4,12 @@ Run: .venv/bin/python -m pytest tests/test_repository.py
 """
 
 import ast
-import importlib
 import pathlib
 import re
 import sys
 import tomllib
 
 import pytest
-
-from train_small import COMMANDS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
@@ -181,66 +178,3 @@ def test_no_file_names_a_path_of_one_machine():
         if word in path.read_text(encoding="utf-8", errors="ignore")
     ]
     assert not found
-
-
-# README
-
-README = ROOT / "README.md"
-with_readme = pytest.mark.skipif(not README.exists(), reason="no README.md yet")
-
-
-@with_readme
-def test_the_readme_names_only_files_that_exist():
-    text = README.read_text(encoding="utf-8")
-    named = set(re.findall(r"(?<![\w/.-])(?:[\w.-]+/)*[\w-]+\.(?:py|toml)\b|(?<![\w/])tests/[\w/]*|\.ci/\w+", text))
-    links = {target for target in re.findall(r"\]\(([^)#]+)", text) if "://" not in target}
-    written = ("runs/", "my_")  # by the reader's commands, or by the reader
-    missing = [name for name in sorted(named | links) if not name.startswith(written) and not (ROOT / name).exists()]
-    assert not missing
-
-
-WITH_COMMANDS = ("k25.py", "oracle.py", "parallel.py", "storage.py", "interpreter.py", "gateway.py", "rollout.py", "environment.py", "grm.py", "traces.py",
-                 "tasks.py", "engine.py", "swarm.py")  # each with its own flags
-
-
-def commands(text):
-    """Every line of a README's code blocks and every inline code, without its comment: (program, words)."""
-    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
-    for line in [line for block in blocks for line in block.splitlines()] + inline:
-        words = re.sub(r"\s#.*|\s{3,}.*", "", line.strip().removeprefix("$ ")).split()
-        while words and re.fullmatch(r"\w+=\S*", words[0]):  # VARIABLE=value before the command
-            words = words[1:]
-        if words:
-            yield words[0], words[1:]
-
-
-@with_readme
-def test_the_makefile_has_every_target_that_the_readme_names():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    asked = [words[0] for program, words in commands(README.read_text(encoding="utf-8")) if program == "make" and words]
-    assert "train" in asked and "test" in asked
-    assert set(asked) <= targets
-
-
-@with_readme
-def test_every_flag_of_the_readmes_commands_is_accepted(capsys):
-    helps = {}
-    for program, words in commands(README.read_text(encoding="utf-8")):
-        line = " ".join([program, *words])
-        if program == "make" and (given := re.search(r'ARGS="([^"]*)', line)) and words[0] == "train":
-            call = ("train_small",)
-            flags = given[1]
-        elif re.search(r"python[\d.]*$", program) and words and words[0].endswith(".py"):
-            commanded = words[0] in WITH_COMMANDS or words[1:2] and words[1] in COMMANDS
-            call = (words[0].removesuffix(".py"), *words[1:2]) if commanded else (words[0][:-3],)
-            flags = line
-        else:
-            continue
-        if call not in helps:
-            with pytest.raises(SystemExit) as ended:
-                importlib.import_module(call[0]).main([*call[1:], "--help"])
-            assert ended.value.code in (0, None), line
-            helps[call] = capsys.readouterr().out
-        for flag in re.findall(r"(?<![\w-])--[\w-]+", flags):
-            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", helps[call]), f"{line}: {call[0]} has no {flag}"
