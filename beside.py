@@ -39,17 +39,17 @@ from vit3d import VisionConfig
 TILE = 28  # pixels: one vision token
 LETTERS = "ABCDEFGHIJKLMNOP"
 MODEL = {
-    "hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 48, "num_hidden_layers": 2, "n_routed_experts": 4, "q_lora_rank": 48,
+    "hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 48, "n_routed_experts": 4, "q_lora_rank": 48,
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
 ALIKE = 0.05  # shares right that differ by less count as alike
 
 
-def _model(seed, rows, columns):
-    """A decoder with a tower for pages of rows × columns tiles."""
+def _model(seed, rows, columns, layers=2):
+    """A decoder of some layers with a tower for pages of rows × columns tiles."""
     tower = VisionConfig(init_pos_emb_height=2 * rows, init_pos_emb_width=2 * columns, vt_hidden_size=96, vt_num_attention_heads=4, vt_num_hidden_layers=2,
                          vt_intermediate_size=192, text_hidden_size=MODEL["hidden_size"])  # fmt: skip
-    return decoder(seed, **MODEL, vision=tower)
+    return decoder(seed, **MODEL | {"num_hidden_layers": layers}, vision=tower)
 
 
 @torch.no_grad()
@@ -61,21 +61,21 @@ def _right(model, batch):
     return (best == batch.targets[batch.loss_mask]).float().view(len(batch.ids), -1)
 
 
-def _shares(model, source, asked, change=lambda example: example):
-    """The share of letters that are right in each of the source's held-out examples, which are the same for all seeds and arms."""
+def _letters(model, source, asked, change=lambda example: example):
+    """Which letters are right in each of the source's held-out examples, which are the same for all seeds and arms: items × letters."""
     examples = [change(source.draw(random.Random(f"{source.name} {number}"), "heldout")) for number in range(asked)]
     documents = [encode_example(example, Tokenizer(), MediaConfig()) for example in examples]
     right = _right(model, pack_rows(documents, asked, len(documents[0].ids), Tokenizer()))
-    return right[:, :-2].mean(1).tolist()  # without the newline and the end
+    return right[:, :-2].tolist()  # without the newline and the end
 
 
 def _table(cells, *keys):
-    """(S,I) of seeds × items, from the results of cells."""
+    """Seeds × items × letters (or lookups), of what cells found."""
     return np.array([functools.reduce(lambda found, key: found[key], keys, cell) for cell in cells], float)
 
 
 def _line(xs, tables):
-    """A curve with its intervals, for plot_arms."""
+    """A curve with its intervals, for plot_arms. tables: one per point, seeds × items."""
     found = [bootstrap(table) for table in tables]
     return xs, [one.mean for one in found], [one.low for one in found], [one.high for one in found]
 
@@ -136,25 +136,24 @@ def _blank(example):
 
 
 def write_out(folder, name, log, kind, seed, steps, rows, length, asked):
-    """Learn to write out all ratios, from pictures or from text. Returns the shares of right letters on held-out texts, by ratio."""
+    """Learn to write out all ratios, from pictures or from text. Returns which letters of held-out texts are right, by ratio."""
     t, model, sources = SFTConfig(steps, rows, length, lr=1e-2, adamw_lr=1e-3), _model(seed, 1, 1), {ratio: _writing(kind, ratio) for ratio in GRIDS}
     pretrain(model, blend([(source, 1.0) for source in sources.values()], float(kind == "pictures"), t, seed), t, log)
-    found = {"right": {ratio: _shares(model, source, asked) for ratio, source in sources.items()}}
+    found = {"right": {ratio: _letters(model, source, asked) for ratio, source in sources.items()}}
     if kind == "pictures":
-        found["blank"] = {ratio: _shares(model, source, asked, _blank) for ratio, source in sources.items()}
+        found["blank"] = {ratio: _letters(model, source, asked, _blank) for ratio, source in sources.items()}
     return found
 
 
 def pixels(scale):
     """How many text tokens a vision token can stand for, and pixels.png. scale: lab.Scale. Returns list of Claim."""
     shared = {"rows": 8, "length": 128, "asked": scale.pick(64, 2)}
-    steps = {"pictures": scale.pick(1000, 2), "text": scale.pick(250, 2)}
+    steps = {"pictures": scale.pick(1000, 1), "text": scale.pick(250, 1)}
     cells = {f"{kind}-{seed}": {"kind": kind, "seed": seed, "steps": steps[kind]} | shared for seed in scale.seeds for kind in steps}
     found = scale.run("pixels", cells, write_out, {name: cell["steps"] for name, cell in cells.items()})
     read = {kind: [found[f"{kind}-{seed}"] for seed in scale.seeds] for kind in steps}
-    tables = {"text tokens": {ratio: _table(read["text"], "right", str(ratio)) for ratio in GRIDS},
-              "pictures": {ratio: _table(read["pictures"], "right", str(ratio)) for ratio in GRIDS},
-              "blank pictures": {ratio: _table(read["pictures"], "blank", str(ratio)) for ratio in GRIDS}}  # fmt: skip
+    parts = {"text tokens": ("text", "right"), "pictures": ("pictures", "right"), "blank pictures": ("pictures", "blank")}
+    tables = {name: {ratio: _table(read[kind], part, str(ratio)).mean(2) for ratio in GRIDS} for name, (kind, part) in parts.items()}
     lines = {name: _line(list(GRIDS), table.values()) for name, table in tables.items()}
     plot_arms({"letters right, against letters per vision token": lines}, scale.folder / "pixels" / "pixels.png")
     setup = (f"random strings of {len(LETTERS)} letters, {', '.join(map(str, GRIDS))} on a page of 28 × 28 pixels (one vision token), one model for all; share of "
@@ -175,17 +174,18 @@ def pixels(scale):
 
 # ----------------------------------------------------------------------------------------- reading order
 
-ROWS, COLUMNS = 2, 3  # tiles of a page
+ROWS, COLUMNS, RUN = 3, 4, 2  # tiles of a page; tiles of a block, which lie side by side
 PLACES = ROWS * COLUMNS  # V: vision tokens of a page
-ORDERS = {"raster": 0, "own tile": 2, "causal": 2}  # arm to its layers of queries
+ORDERS = {"raster": (1, 0), "own tile": (1, 1), "causal": (1, 1), "deeper decoder": (2, 0)}  # arm to its layers of decoder and of queries
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A page of tiles, a letter on each; the n-th to be read carries n, where the order is not that of the rows."""
+    """A page of tiles, a letter on each. Two side by side are a block, and the first carries the block's place in the order of reading, unless
+    that is the order of the rows."""
 
     letters: str  # by tile
-    order: tuple = ()  # tiles in the order of reading; () is row by row
+    order: tuple = ()  # blocks in the order of reading; () is row by row
 
     def render(self):
         """The RGB picture."""
@@ -194,18 +194,19 @@ class Tiles:
         for tile, letter in enumerate(self.letters):
             x, y = TILE * (tile % COLUMNS), TILE * (tile // COLUMNS)
             image.paste(_glyph(letter, half, TILE), (x, y))
-            if self.order:
-                image.paste(_glyph(str(self.order.index(tile) + 1), half, TILE, "red"), (x + half, y))
+            if self.order and tile % RUN == 0:
+                image.paste(_glyph(str(self.order.index(tile // RUN) + 1), half, TILE, "red"), (x + half, y))
         return image
 
     def read(self):
         """The letters in the order of reading."""
-        return "".join(self.letters[tile] for tile in self.order or range(PLACES))
+        return "".join(self.letters[RUN * block : RUN * (block + 1)] for block in self.order or range(PLACES // RUN))
 
 
 def _numbered(rng):
     """A page whose order decides the split: held-out pages are read in orders that were never seen."""
-    page = Tiles("".join(rng.choices(LETTERS, k=PLACES)), tuple(rng.sample(range(PLACES), PLACES)))
+    blocks = PLACES // RUN
+    page = Tiles("".join(rng.choices(LETTERS, k=PLACES)), tuple(rng.sample(range(blocks), blocks)))
     return Draft((("<image>", page.read()),), f"order {page.order}", (), (page,))
 
 
@@ -238,7 +239,7 @@ class CausalQueries(nn.Module):
         with torch.no_grad():
             for weight in (self.queries, *self.layers.parameters()):
                 if weight.ndim > 1:
-                    normal_init_(weight, config.initializer_range)
+                    normal_init_(weight, config.hidden_size**-0.5)  # so that what a query saw outweighs the query from the start
 
     def forward(self, merged):
         """(M,4,D), whole pages of V tokens each → (M,C): the outputs of each page's queries."""
@@ -252,32 +253,36 @@ class CausalQueries(nn.Module):
 
 
 def read_pages(folder, name, log, arm, seed, steps, rows, length, asked):
-    """Learn to read both kinds of pages in one arm. Returns the shares of right letters on held-out pages, by kind."""
-    t, model = SFTConfig(steps, rows, length, lr=1e-2, adamw_lr=1e-3), _model(seed, ROWS, COLUMNS)
-    if ORDERS[arm]:
-        model.mm_projector = CausalQueries(model.mm_projector, model.config, PLACES, ORDERS[arm], arm == "causal")
+    """Learn to read both kinds of pages in one arm. Returns which letters of held-out pages are right, by kind."""
+    t, (deep, queries) = SFTConfig(steps, rows, length, lr=1e-2, adamw_lr=1e-3), ORDERS[arm]
+    model = _model(seed, ROWS, COLUMNS, deep)
+    if queries:
+        model.mm_projector = CausalQueries(model.mm_projector, model.config, PLACES, queries, arm == "causal")
     pretrain(model, blend([(source, 1.0) for source in PAGES.values()], 1.0, t, seed), t, log)
-    return {kind: _shares(model, source, asked) for kind, source in PAGES.items()}
+    return {kind: _letters(model, source, asked) for kind, source in PAGES.items()}
 
 
 def reading_order(scale):
     """Whether causal queries read pages in their order, and reading_order.png. scale: lab.Scale. Returns list of Claim."""
-    shared = {"steps": scale.pick(400, 2), "rows": scale.pick(8, 2), "length": 128, "asked": scale.pick(128, 2)}
+    shared = {"steps": scale.pick(400, 1), "rows": scale.pick(8, 2), "length": 128, "asked": scale.pick(128, 2)}
     cells = {f"{arm}-{seed}": {"arm": arm, "seed": seed} | shared for seed in scale.seeds for arm in ORDERS}
     found = scale.run("reading-order", cells, read_pages, dict.fromkeys(cells, shared["steps"]))
     read = {arm: [found[f"{arm}-{seed}"] for seed in scale.seeds] for arm in ORDERS}
     tables = {kind: {arm: _table(cells, kind) for arm, cells in read.items()} for kind in PAGES}
-    _bars(tables, scale.folder / "reading-order" / "reading_order.png")
+    panels = {f"{kind} pages: letters right, by their place in the order":
+              {arm: _line(range(1, PLACES + 1), np.moveaxis(table, 2, 0)) for arm, table in arms.items()} for kind, arms in tables.items()}  # fmt: skip
+    plot_arms(panels, scale.folder / "reading-order" / "reading_order.png")
+    tables = {kind: {arm: table.mean(2) for arm, table in arms.items()} for kind, arms in tables.items()}
     shares = {kind: ", ".join(f"{arm} {bootstrap(table)}" for arm, table in arms.items()) for kind, arms in tables.items()}
-    gain, plain = (bootstrap(tables[kind]["causal"] - tables[kind]["own tile"]) for kind in ("numbered", "plain"))
+    gain, plain = (bootstrap(tables[kind]["causal"] - tables[kind]["own tile"]) for kind in PAGES)
     more = bootstrap(tables["numbered"]["causal"] - tables["numbered"]["raster"])
     setup = (f"pages of {ROWS} × {COLUMNS} tiles, half of them numbered and read in that order; causal queries against the same layers whose queries see their own "
              "tile alone (raster order, as many parameters and operations), and against the tower's tokens; share of letters of {} that are right, those "
-             "before them given; chance {:.3f}, and with the page's tiles read in rows {:.3f}")  # fmt: skip
-    rows = _in_rows(shared["asked"])
+             "before them given; chance {:.3f}, of reading row by row {:.3f}")  # fmt: skip
+    in_rows = RUN / PLACES + (1 - RUN / PLACES) / len(LETTERS)
     return [
         Claim("causal queries read in the order of the content", "DeepSeek-OCR 2", "visual causal flow: OmniDocBench 87.36 → 91.09, edit distance of the reading "
-              "order 0.085 → 0.057", setup.format("held-out orders", 1 / len(LETTERS), rows), f"{shares['numbered']}; causal less own tile {gain}, less raster {more}",
+              "order 0.085 → 0.057", setup.format("held-out orders", 1 / len(LETTERS), in_rows), f"{shares['numbered']}; causal less own tile {gain}, less raster {more}",
               judge(gain), "reading_order.png"),
         Claim("… and are not needed where the order is that of the rows", "DeepSeek-OCR 2", "the gain is one of reading order",
               setup.format("held-out pages without numbers", 1 / len(LETTERS), 1.0), f"{shares['plain']}; causal less own tile {plain}, of which {ALIKE} would be alike",
@@ -389,7 +394,7 @@ def _attend(model, arm):
 def _reader(seed):
     special = Tokenizer(VOCABULARY)
     return decoder(seed, vocab_size=VOCABULARY, media_placeholder_token_id=special.media_pad, bos_token_id=special.bos, eos_token_id=special.eos,
-                   pad_token_id=special.pad, first_k_dense_replace=2, initializer_range=0.04, **MODEL | {"hidden_size": 64, "intermediate_size": 128})  # fmt: skip
+                   pad_token_id=special.pad, first_k_dense_replace=2, initializer_range=0.04, **MODEL | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128})  # fmt: skip
 
 
 def _documents(seed, split):
@@ -413,8 +418,45 @@ def dense(folder, name, log, seed, steps, rows):
 
 
 def look_up(folder, name, log, arm, seed, steps, rows, asked):
-    """One arm from its seed's dense model, or from new weights. Returns the lookups (0/1) that are right in held-out documents."""
+    """One arm from its seed's dense model, or from new weights. Returns which lookups of held-out documents are right: documents × lookups."""
     scratch = arm == "blocks from scratch"
     model = _attend(_reader(seed) if scratch else load(folder / "models" / f"dense-{seed}", dtype=torch.float32), arm)
     _study(model, seed, "scratch" if scratch else "arm", steps, rows, log)
-    return _right(model, _lookup_batch(list(islice(_documents(0, "heldout"), asked)))).flatten().tolist()
+    return _right(model, _lookup_batch(list(islice(_documents(0, "heldout"), asked)))).tolist()
+
+
+def _distances(asked):
+    """Blocks between each lookup and its record, in the held-out documents of look_up: documents × lookups."""
+    at = (KEYS + np.arange(KEYS)) // BLOCK
+    return np.array([at - np.array(places) // BLOCK for _, _, places in islice(_documents(0, "heldout"), asked)])
+
+
+def block_attention(scale):
+    """Block attention beside full attention and a window of its cost, and block_attention.png. scale: lab.Scale. Returns list of Claim."""
+    rows, asked = scale.pick(8, 1), scale.pick(64, 2)
+    first, then = scale.pick(350, 1), scale.pick(200, 1)
+    cells = {f"dense-{seed}": {"seed": seed, "steps": first, "rows": rows} for seed in scale.seeds}
+    scale.run("block-attention", cells, dense, dict.fromkeys(cells, first))
+    steps = dict.fromkeys(SPARSE, then) | {"blocks from scratch": first + then}
+    cells = {f"{arm.replace(' ', '-')}-{seed}": {"arm": arm, "seed": seed, "steps": steps[arm], "rows": rows, "asked": asked} for seed in scale.seeds for arm in SPARSE}
+    found = scale.run("block-attention", cells, look_up, {name: cell["steps"] for name, cell in cells.items()})
+    tables = {arm: _table([found[f"{arm.replace(' ', '-')}-{seed}"] for seed in scale.seeds]) for arm in SPARSE}
+    far, window = _distances(asked), equal_window(LENGTH, BLOCK, MOST)
+    lines = {arm: _line(np.unique(far), [table[:, far == blocks] for blocks in np.unique(far)]) for arm, table in tables.items()}
+    plot_arms({"lookups right, by how many blocks back the record stands": lines}, scale.folder / "block-attention" / "block_attention.png")
+    tables = {arm: table.mean(2) for arm, table in tables.items()}
+    costs = [cost / LENGTH for cost in (cost_of_window(LENGTH, LENGTH), cost_of_blocks(LENGTH, BLOCK, MOST), cost_of_window(LENGTH, window))]
+    setup = (f"{KEYS} records, then all their keys to look up, {LENGTH} tokens; blocks of {BLOCK}, own block and the {MOST} best before it: a query multiplies "
+             f"{costs[1]:.1f} keys or means of keys on average, {costs[0]:.1f} in full attention, {costs[2]:.1f} in a window of {window}; held-out documents, "
+             f"chance {1 / VALUES:.3f}; ")  # fmt: skip
+    dense_start = f"{first} steps of full attention, then {then} of each arm"
+    shares = ", ".join(f"{arm} {bootstrap(table)}" for arm, table in tables.items())
+    gain, gap, late = (bootstrap(tables[one] - tables[other]) for one, other in (("blocks", "window"), ("full", "blocks"), ("full", "blocks from scratch")))
+    return [
+        Claim("blocks chosen by content beat a window of their cost", "MoBA", "less structure than a window: the model decides where to attend", setup + dense_start,
+              f"{shares}; blocks less window {gain}", judge(gain), "block_attention.png"),
+        Claim("blocks do as well as full attention", "MoBA", "as good as full attention at a fraction of its cost, and a dense model can change over",
+              setup + dense_start, f"full less blocks {gap}, of which {ALIKE} would be alike", judge_alike(gap, ALIKE)),
+        Claim("… also when trained so from the start", "MoBA", "the same scaling law as full attention's, loss within 0.001", setup + f"{first + then} steps of block "
+              f"attention from new weights, against full attention for as many ({dense_start})", f"full less blocks {late}", judge_alike(late, ALIKE)),
+    ]  # fmt: skip

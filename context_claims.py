@@ -40,6 +40,7 @@ MODEL = {
 GROUPS = tuple(string.ascii_uppercase[start : start + 4] for start in range(0, 24, 4))  # a needle is a letter, its key the group that it is of
 SHORTEST = 4 * len(GROUPS) + 2  # tokens: every group asked for, no words
 RATE, ADAMW_RATE = 1e-2, 6e-3  # peak learning rates
+MARGIN = 0.01  # nats per token that still count as alike
 FACTOR = 8  # of the extension
 TIMES = (1, 2, 4, 8, 16)  # the trained length, at which needles are sought and prose is read
 
@@ -107,7 +108,7 @@ def _found(model, length, asked):
 def _read(model, length, documents):
     """Loss at every token of held-out prose, (documents,length), as lists."""
     tokenizer, found = Tokenizer(), []
-    for example in _drawn(lambda rng, _: propose_prose(rng, length), documents, f"prose {length}"):
+    for example in _drawn(lambda rng, _: propose_prose(rng, length + 1), documents, f"prose {length}"):  # the last is only predicted
         batch = pack_rows([encode_example(example, tokenizer, model.config.media)], 1, length, tokenizer)
         found.append(losses(model, batch, want_max=False)[0][0].tolist())
     return found
@@ -154,3 +155,132 @@ def quantised(folder, name, log, arm, seed, steps, rows, length, asked, batches)
         model = load(place, dtype=torch.float32)
         found[kind] = {"loss": [loss_on(model, [batch]) for batch in held_out], "right": _found(model, length, asked)}
     return found
+
+
+# ----------------------------------------------------------------------------------------------- claims
+
+EXTENSIONS = ("plain", "yarn", "plain tuned", "yarn tuned")
+QUANTISED = ("base", "float", "qat")
+
+
+def _bases(scale):
+    """The shared decoders, one per seed. Returns the length that they were trained at."""
+    length = scale.pick(128, 64)
+    sizes = {"steps": scale.pick(500, 2), "rows": scale.pick(16, 2), "length": length}
+    cells = {f"context-{seed}": {"seed": seed} | sizes for seed in scale.seeds}
+    scale.run("stages", cells, base, dict.fromkeys(cells, sizes["steps"]))
+    return length
+
+
+def yarn(scale):
+    """The claims about the extension by YaRN, and yarn.png. scale: lab.Scale. Returns list of Claim."""
+    length, factor, times = _bases(scale), scale.pick(FACTOR, 2), scale.pick(TIMES, TIMES[:2])
+    sizes = {"factor": factor, "times": times, "steps": scale.pick(40, 2), "rows": scale.pick(3, 1), "length": length,
+             "asked": scale.pick(20, 2), "documents": scale.pick(8, 2)}  # fmt: skip
+    cells = {f"{arm.replace(' ', '-')}-{seed}": {"arm": arm, "seed": seed} | sizes for seed in scale.seeds for arm in EXTENSIONS}
+    found = scale.run("yarn", cells, extended, {name: sizes["steps"] for name in cells if "tuned" in name})
+    arms = {arm: [found[f"{arm.replace(' ', '-')}-{seed}"] for seed in scale.seeds] for arm in EXTENSIONS}
+    _plot_yarn(arms, times, length, factor, scale.folder / "yarn" / "yarn.png")
+    return list(_yarn_claims(arms, factor, sizes["steps"], length))
+
+
+def _needles(cells, times):
+    """(S,I) of 0 and 1: seeds × questions at a length."""
+    return np.array([cell["needles"][str(times)] for cell in cells], float)
+
+
+def _loss(cells, start, stop):
+    """(S,I) nats per token: seeds × documents, over positions from `start` to `stop` times the trained length."""
+    return np.array([[np.mean(document[2 * start : 2 * stop]) for document in cell["loss"]] for cell in cells])
+
+
+def _yarn_claims(arms, factor, steps, length):
+    beyond = {arm: _loss(cells, 1, factor) for arm, cells in arms.items()}
+    far = {arm: _needles(cells, factor) for arm, cells in arms.items()}
+    over = lambda figures: ", ".join(f"{arm} {bootstrap(table)}" for arm, table in figures.items())  # noqa: E731
+    gain = bootstrap(beyond["plain"] - beyond["yarn"])
+    setup = (f"a decoder trained at {length} tokens, extended {factor}× by the config alone, or with {steps} steps at {factor * length} tokens")
+    yield Claim("YaRN holds perplexity beyond the trained length", "K2.5 report 4.3", "context is extended with YaRN", f"{setup}; held-out prose, nats per "
+                f"token at positions from {length} to {factor * length}, plain RoPE less YaRN, neither trained further",
+                f"gain {gain}; {over(beyond)}; within the trained length {bootstrap(_loss(arms['plain'], 0, 1))}", judge(gain), "yarn.png")  # fmt: skip
+    gain = bootstrap(far["yarn tuned"] - far["plain"])
+    yield Claim("needles are found at long length after the extension", "K2.5 report 4.3", "long-context training after the extension: 32,768 → 262,144",
+                f"{setup}; needles in {factor * length} tokens, all depths, chance 0.25; YaRN and steps less plain RoPE before",
+                f"gain {gain}; {over(far)}; at the trained length, before {bootstrap(_needles(arms['plain'], 1))}, after "
+                f"{bootstrap(_needles(arms['yarn tuned'], 1))}", judge(gain))  # fmt: skip
+    gain = bootstrap(beyond["plain tuned"] - beyond["yarn tuned"])
+    yield Claim("the long steps need YaRN", "K2.5 report 4.3", "context is extended with YaRN, not by longer rows alone",
+                f"{setup}; the same steps with plain RoPE as control: its loss less YaRN's at positions from {length} to {factor * length}",
+                f"gain {gain}; needles, YaRN less plain {bootstrap(far['yarn tuned'] - far['plain tuned'])}", judge(gain))  # fmt: skip
+
+
+def _plot_yarn(arms, times, length, factor, path):
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2))
+    bins = len(arms["plain"][0]["loss"][0])
+    middles = (np.arange(bins) + 0.5) * length / 2
+    for number, (arm, cells) in enumerate(arms.items()):
+        curves = ((left, [n * length for n in times], [bootstrap(_needles(cells, n)) for n in times]),
+                  (right, middles, [bootstrap(np.array([[document[i] for document in cell["loss"]] for cell in cells])) for i in range(bins)]))  # fmt: skip
+        for axis, places, found in curves:
+            axis.plot(places, [f.mean for f in found], color=f"C{number}", marker=".", label=arm)
+            axis.fill_between(places, [f.low for f in found], [f.high for f in found], color=f"C{number}", alpha=0.15, linewidth=0)
+    left.axhline(0.25, color="black", linestyle=":", linewidth=1)
+    left.set(title="needles found (dotted: chance)", xlabel="tokens", ylim=(0, 1.05), xscale="log", xticks=[n * length for n in times],
+             xticklabels=[n * length for n in times])  # fmt: skip
+    left.minorticks_off()
+    right.set(title="loss on held-out prose, nats per token", xlabel="position")
+    for axis in (left, right):
+        axis.axvline(length, color="grey", linewidth=0.8)
+        axis.axvline(factor * length, color="grey", linewidth=0.8, linestyle="--")
+        axis.grid(alpha=0.3)
+    left.legend(frameon=False, title="line: trained length; dashed: extended", title_fontsize=8)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def int4(scale):
+    """The claims about int4 experts, and int4.png. scale: lab.Scale. Returns list of Claim."""
+    length = _bases(scale)
+    sizes = {"steps": scale.pick(150, 2), "rows": scale.pick(16, 2), "length": length, "asked": scale.pick(40, 2), "batches": scale.pick(16, 2)}
+    cells = {f"{arm}-{seed}": {"arm": arm, "seed": seed} | sizes for seed in scale.seeds for arm in QUANTISED}
+    found = scale.run("int4", cells, quantised, {name: sizes["steps"] for name in cells if not name.startswith("base")})
+    arms = {arm: [found[f"{arm}-{seed}"] for seed in scale.seeds] for arm in QUANTISED}
+    _plot_int4(arms, scale.folder / "int4" / "int4.png")
+    return list(_int4_claims(arms, sizes["steps"]))
+
+
+def _measured(cells, kind, what="loss"):
+    """(S,I): seeds × batches, or × questions (what="right"), of the experts as they are ("float") or read from int4."""
+    return np.array([cell[kind][what] for cell in cells], float)
+
+
+def _int4_claims(arms, steps):
+    loss = {(arm, kind): _measured(cells, kind) for arm, cells in arms.items() for kind in ("float", "int4")}
+    right = {(arm, kind): bootstrap(_measured(cells, kind, "right")) for arm, cells in arms.items() for kind in ("float", "int4")}
+    gap = bootstrap(loss["qat", "int4"] - loss["float", "float"])
+    setup = (f"one decoder per seed; {steps} more steps with QAT of the routed experts or as many in float; rounding in groups of 32, written in the released "
+             "int4 layout and read again; held-out prose and needles, nats per token")  # fmt: skip
+    yield Claim("QAT loses nothing against float", "K2.5 report 2.1, K2 Thinking", "int4 experts by quantisation-aware training, lossless", f"{setup}; alike within "
+                f"{MARGIN}", f"QAT in int4 less float steps in float {gap}; needles found {right['qat', 'int4']} and {right['float', 'float']}, chance 0.25",
+                judge_alike(gap, MARGIN), "int4.png")  # fmt: skip
+    gain, cost = bootstrap(loss["float", "int4"] - loss["qat", "int4"]), bootstrap(loss["float", "int4"] - loss["float", "float"])
+    yield Claim("QAT beats rounding after training", "K2.5 report 2.1, K2 Thinking", "quantisation-aware training rather than rounding of a trained model", setup,
+                f"float steps, then rounded, less QAT, then rounded {gain}; rounding costs {cost} after float steps and "
+                f"{bootstrap(loss['base', 'int4'] - loss['base', 'float'])} without any; needles found when rounded {right['float', 'int4']}", judge(gain))  # fmt: skip
+
+
+def _plot_int4(arms, path):
+    """Loss of each arm, less that of float steps in float, paired: as it is and in int4."""
+    figure, axis = plt.subplots(figsize=(7, 3.8))
+    reference, names = _measured(arms["float"], "float"), ("no more steps", "float steps", "QAT steps")
+    for number, kind in enumerate(("float", "int4")):
+        found = [bootstrap(_measured(arms[arm], kind) - reference) for arm in QUANTISED]
+        ends = [[f.mean - f.low for f in found], [f.high - f.mean for f in found]]
+        axis.errorbar(np.arange(len(found)) + 0.2 * number - 0.1, [f.mean for f in found], ends, fmt="o", capsize=4, label=f"experts in {kind}")
+    axis.axhspan(-MARGIN, MARGIN, color="grey", alpha=0.15, linewidth=0, label="counts as alike")
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="nats per token, less float steps in float", title="held-out loss")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.tight_layout()
+    save_figure(figure, path)

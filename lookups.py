@@ -23,7 +23,7 @@ pages. One name in three is held out: its letter and its number are both known f
 generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start, `handful` and
 `obedient` are practice, and the others are bounds.
 
-Public names: Question, QuestionError, KINDS, ALONE, held_out, draw, pool, table, serial, careless, handful, obedient, planned, aimless, look_up, scripted,
+Public names: Question, QuestionError, KINDS, ALONE, STEPS, LOOSE, held_out, draw, pool, table, serial, careless, handful, obedient, planned, aimless, look_up, scripted,
 ScriptedSubagents, single_lookup, findings, vocabulary, merges.
 Tests: pytest tests/test_lookups.py
 """
@@ -56,7 +56,8 @@ ATTRIBUTES = ("colour", "city", "food", "pet")  # of persons
 NUMBERS, ROWS, OTHERS = range(10, 100), "abcdefghijkl", "mnoqrstuvwxyz"  # letters of rows, and of everybody else
 SYSTEM = "answer with a table"  # what the orchestrator is told first
 WORKER, ROLE = "worker", "look things up"  # the kind of subagent that scripts create
-STEPS = {"wide": 6, "deep": 10, "document": 5, "download": 5, "single": 4, "chain": 6}  # what the better way to work needs, and a little more
+STEPS = {"wide": 5, "deep": 9, "document": 4, "download": 5, "single": 4, "chain": 6}  # what the better way to work needs
+LOOSE = STEPS | {"wide": 6, "deep": 10, "document": 5}  # and a little more
 STEP_LEFT = "[One step is left"  # how the runtime asks for the answer
 
 
@@ -116,12 +117,12 @@ def _person(rng, name, friend, known):
 
 
 def draw(rng, kind, rows=None, split="train", steps=None):
-    """A Question. rng: random.Random; rows: int, default 3 to 6, 1 for single and chain; split: "train" | "heldout"; steps: the budget of
+    """A Question. rng: random.Random; rows: int, default 4 to 6, 1 for single and chain; split: "train" | "heldout"; steps: the budget of
     critical steps, default STEPS. Raises QuestionError."""
     if kind not in KINDS or split not in ("train", "heldout"):
         raise QuestionError(f"kind {kind!r}, split {split!r}: one of {', '.join(KINDS)}; train or heldout")
     alone = kind in ALONE
-    rows = rows or (1 if alone else rng.randint(3, 6))
+    rows = rows or (1 if alone else rng.randint(4, 6))
     if alone and rows != 1 or not 1 <= rows <= 12:
         raise QuestionError(f"{rows} rows of kind {kind}: 1 to 12, and 1 for single and chain")
     if kind in FILES:
@@ -277,7 +278,7 @@ def careless(question, rng):
     given = rng.choice(([asked], [asked] * several, [question.text], [wrong[0], asked], wrong))
     seen = yield "", "", _given(given, create=rng.random() < 0.9)
     known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in HOPS}
-    if rng.random() < 0.5:
+    if STEP_LEFT in seen or rng.random() < 0.5:
         yield "", table(question, known), []
     else:
         yield from serial(question, rng, known)
@@ -378,7 +379,7 @@ class ScriptedSubagents:
 
 def single_lookup(rng, split="train"):
     """One look-up to train a subagent on: (prompt, pages). Some ask for what is not there."""
-    question = draw(rng, rng.choice(("wide", "deep", "document", "download")), rng.randint(1, 4), split)
+    question = draw(rng, rng.choice(("wide", "deep", "document", "download")), rng.randint(1, 8), split)
     name, what = rng.choice(question.rows), rng.choice(question.columns)
     if question.kind in ("wide", "deep"):
         what = rng.choice((*question.columns, "friend", rng.choice(ATTRIBUTES)))

@@ -91,12 +91,14 @@ def _documents(one, number, seed):
 
 
 def lookup_documents(number, tokenizer, seed):
-    """Conversations of single look-ups, by script over real searches: what a subagent is trained on."""
+    """Conversations of single look-ups, by script over real searches: what a subagent is trained on. Some leave few steps, so that the
+    runtime asks for the answer."""
 
     async def one(rng):
         prompt, pages = lookups.single_lookup(rng)
         policy = lookups.scripted(tokenizer, lookups.look_up(prompt))
-        await Swarm(prompt, policy, Corpus.of(pages), Log(None), _limits(SUB_STEPS), delegation=False, system=lookups.ROLE).run()
+        limits = _limits(rng.randint(3, SUB_STEPS))
+        await Swarm(prompt, policy, Corpus.of(pages), Log(None), limits, delegation=False, system=lookups.ROLE).run()
         return encoded(policy.talk(), "look-up")
 
     return _documents(one, number, f"{seed} look-ups")
@@ -134,9 +136,9 @@ def order_documents(number, tokenizer, seed):
 
 
 def _drawn(rng):
-    """A question of one to six rows; its budget is its own, or for half of them such that serial work ends."""
+    """A question of one to six rows; its budget is a little more than ever after, or for half of them such that serial work ends."""
     kind = rng.choice(lookups.KINDS)
-    return lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 6), steps=rng.choice((None, 20)))
+    return lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 6), steps=rng.choice((lookups.LOOSE[kind], 20)))
 
 
 async def _orchestrated(question, writer, tokenizer):

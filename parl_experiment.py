@@ -47,7 +47,7 @@ ARMS = {
     "parl": Shaping(), "single": Shaping(0.0, 0.0), "no-parallel": Shaping(first=0.0), "no-finish": Shaping(second=0.0),
     "outcome": Shaping(0.0, 0.0), "shuffled": Shaping(shuffled=True), "permuted": Shaping(permuted=True),
 }  # fmt: skip
-WIDE, WIDER = (3, 4, 5, 6), 8  # rows: as in training, and more
+WIDE, WIDER = (4, 5, 6), 8  # rows: as in training, and more
 MEASURED = ("performance", "critical", "total", "given", "width", "finished", "parallel", "redundant", "refused", "time")  # of a Record
 BUDGETS = (3, 4, 5, 6, 7, 9, 11, 13, 15, 17)  # critical steps
 GOALS = (0.3, 0.4, 0.5, 0.6, 0.7)  # item-F1
@@ -74,10 +74,10 @@ class PARLConfig:
     small_steps: int = 900  # of SFT
     large_steps: int = 1200
     traces: int = 8000  # of the cold start
-    base_steps: int = 800  # of each of its three stages
+    base_steps: int = 1200  # of each of its two stages
     delegating: float = 0.08  # share of traces with careless delegation
     iterations: int = 30
-    prompts: int = 8
+    prompts: int = 12
     responses: int = 8
     pool: int = 192
     lr: float = 1e-3
@@ -141,16 +141,16 @@ def subagent_cell(folder, name, log, steps, look_ups):
     return {"right": right, "steps": steps, "digest": frozen.digest, "parameters": sum(p.numel() for p in model.parameters())}
 
 
-def base_cell(folder, name, log, steps, traces, practice, delegating):
-    """SFT on look-ups, orders of one subtask and tables first, so that copying is learned on short texts, then on whole episodes."""
+def base_cell(folder, name, log, steps, practice, traces, delegating):
+    """SFT on look-ups, orders of one subtask, tables and reading first, so that copying is learned on short texts; then on whole
+    episodes, and reading beside them."""
     tokenizer = _tokenizer(folder)
-    model = build("orchestrator", tokenizer, 0)
-    practice = [*lookup_documents(practice // 2, tokenizer, name), *order_documents(practice // 2, tokenizer, name), *table_documents(practice, tokenizer, name)]
-    episodes = [document for document in cold_start(traces, tokenizer, 0, delegating) if len(document.ids) <= EPISODES.length]
-    _taught(model, practice, dataclasses.replace(PRACTICE, steps=steps, floor=0.5), tokenizer, log, stage="practice")
-    _taught(model, episodes, dataclasses.replace(EPISODES, steps=steps), tokenizer, log, stage="episodes")
-    reading = [document for document in reading_documents(traces, tokenizer, 0) if len(document.ids) <= EPISODES.length]
-    _taught(model, episodes + reading, dataclasses.replace(EPISODES, steps=steps), tokenizer, log, stage="reading")
+    model, reading = build("orchestrator", tokenizer, 0), reading_documents(traces, tokenizer, 0)
+    short = [*lookup_documents(practice // 2, tokenizer, name), *order_documents(practice // 2, tokenizer, name), *table_documents(practice, tokenizer, name)]
+    episodes = cold_start(traces, tokenizer, 0, delegating)
+    for stage, t, documents in (("practice", dataclasses.replace(PRACTICE, floor=0.5), short), ("episodes", EPISODES, episodes)):
+        fitting = [document for document in [*documents, *reading] if len(document.ids) <= t.length]
+        _taught(model, fitting, dataclasses.replace(t, steps=steps), tokenizer, log, stage=stage)
     save(model, folder / "models" / name)
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
@@ -186,7 +186,7 @@ def arm_cell(folder, name, log, arm, seed, questions, iterations, pool, **settin
     tokenizer, model, shaping = _tokenizer(folder), _loaded(folder, "base"), ARMS[arm]
     crew = {size: Frozen(_loaded(folder, size), tokenizer) for size in ("small", "large")} if arm != "single" else {}
     environment = SwarmEnvironment(crew.get("small"), shaping)
-    t = RLConfig(slots=64, capacity=CAPACITY, max_new_tokens=LONGEST, minibatches=2, rows=16, **settings)
+    t = RLConfig(slots=64, capacity=CAPACITY, max_new_tokens=LONGEST, minibatches=2, rows=4, **settings)
     with Learner(model, environment, lookups.pool(pool, f"{seed} pool"), tokenizer, t, derive(seed, "parl")) as learner:
         for iteration in range(iterations):
             environment.progress = iteration / iterations
@@ -360,7 +360,7 @@ def _work(folder, t):
     _tokenizer(folder)
     cells = {"base": {"steps": t.base_steps, "traces": t.traces, "practice": t.practice, "delegating": t.delegating}}
     cells |= {size: {"steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
-    rows = {name: cell["steps"] * (3 if name == "base" else 1) for name, cell in cells.items()}
+    rows = {name: cell["steps"] * (2 if name == "base" else 1) for name, cell in cells.items()}
     models = run_cells(folder, cells, model_cell, rows, t.workers, "models")
     start = run_cells(folder, {"start": {"questions": t.questions}}, start_cell, {}, t.workers, "start")["start"]
     settings = {name: getattr(t, name) for name in ("questions", "iterations", "pool", "prompts", "responses", "lr", "adamw_lr")}

@@ -8,12 +8,12 @@
 
 Every cell is a decoder from scratch, its loss measured on the same held-out batches as in all others, on the way and at the end.
 
-Rules, fixed beforehand. Rate, γ and α are chosen on seed 0 after as many steps as the seeds get: the rate of the lowest loss, the γ of the most even
-load, the α whose load comes nearest to that. τ is half the largest attention logit that Muon without QK-Clip reaches on seed 0 at the
-same rate, and at most the report's 100. Losses count as alike within MARGIN, balance as equal within SAME_CV.
+Rules, fixed beforehand. Rate, γ and α are chosen on seed 0 after as many steps as the seeds get: the rate of the lowest loss on the same
+held-out batches, the γ of the most even load, the α whose load comes nearest to that. τ is half the largest attention logit that Muon
+without QK-Clip reaches on seed 0 at the same rate, and at most the report's 100. Losses count as alike within MARGIN, balance within SAME_CV.
 
-Public names: SHAPE, SMALLEST, RATES, HOTTER, GAMMAS, ALPHAS, EXPERTS, MARGIN, SAME_CV, trained, adamw, best, threshold, nearest, reached, slopes,
-unigram, worst, muonclip, balance, sparsity.
+Public names: SHAPE, SMALLEST, RATES, HOTTER, GAMMAS, ALPHAS, EXPERTS, MARGIN, SAME_CV, trained, adamw, best, threshold, nearest, reached, doublings,
+slopes, unigram, worst, muonclip, balance, sparsity.
 Tests: pytest tests/test_training_claims.py
 """
 
@@ -37,8 +37,8 @@ SHAPE = {
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
 SMALLEST = SHAPE | {"hidden_size": 16, "moe_intermediate_size": 16, "n_routed_experts": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
-RATES = (0.002, 0.004, 0.008, 0.016, 0.032)  # one for all of a model's parameters: Muon's updates are as large as AdamW's
-HOTTER = 4  # times the chosen rate
+RATES = (0.001, 0.002, 0.004, 0.008, 0.016)  # one for all of a model's parameters: Muon's updates are as large as AdamW's
+HOTTER = 16  # times the chosen rate
 LARGEST = 100.0  # τ of the report
 DECAY = 0.1  # weight decay
 RATE = 0.008  # of balance and sparsity
@@ -89,7 +89,7 @@ class _Cells:
     """The cells of one experiment: runs them on top of what they share, and finds their rows."""
 
     def __init__(self, scale, name, steps, **fields):
-        self.seeds, self.folder, self.steps, self._run = scale.seeds, scale.folder / name, steps, lambda *rest: scale.run(name, *rest)
+        self.scale, self.name, self.steps, self.seeds, self.folder = scale, name, steps, scale.seeds, scale.folder / name
         self.shared = {"kind": "muon", "rate": RATE, "tau": LARGEST, "gamma": SFTConfig.balance_gamma, "alpha": K25Config.aux_loss_alpha,
                        "steps": steps, "rows": scale.pick(4, 1), "length": scale.pick(192, 96), "points": scale.pick(10, 2),
                        "held_out": scale.pick(12, 2), "shape": scale.pick(SHAPE, SMALLEST)} | fields  # fmt: skip
@@ -97,7 +97,7 @@ class _Cells:
     def run(self, changes):
         """changes: {name: fields}. Returns {name: result}."""
         cells = {name: self.shared | fields for name, fields in changes.items()}
-        return self._run(cells, trained, {name: cell["steps"] for name, cell in cells.items()})
+        return self.scale.run(self.name, cells, trained, {name: cell["steps"] for name, cell in cells.items()})
 
     def of_seeds(self, arms):
         """Every arm with every seed. arms: {arm: fields}. Returns {arm: [result, …]}."""
@@ -116,17 +116,18 @@ class _Cells:
         """What all arms have in common, in words."""
         t = SFTConfig(1, self.shared["rows"], self.shared["length"])
         letters = unigram(_held_out(t, self.shared["held_out"]))
-        return (f"decoders of width {self.shared['shape']['hidden_size']} from scratch, {self.steps} steps, {self.tokens(self.steps):,} tokens of text; "
-                f"{self.shared['held_out']} held-out batches, in nats per token (uniform guess {math.log(K25Config.preset('toy').vocab_size):.2f}, their own "
-                f"letter frequencies {letters:.2f})")  # fmt: skip
+        guess = math.log(K25Config.preset("toy").vocab_size)
+        return (f"decoders of width {self.shared['shape']['hidden_size']} from scratch, {self.steps} steps, {self.tokens(self.steps):,} tokens of "
+                f"text with padding; {self.shared['held_out']} held-out batches, nats per token (a uniform guess {guess:.2f}, their own letter "
+                f"frequencies {letters:.2f})")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------- figures
 
 
-def best(losses):
-    """The key of the lowest loss; one that is not a number is the worst. losses: {key: float}."""
-    return min(losses, key=lambda key: losses[key] if math.isfinite(losses[key]) else math.inf)
+def best(values):
+    """The key of the lowest value; what is not a number is the worst. values: {key: float}."""
+    return min(values, key=lambda key: values[key] if math.isfinite(values[key]) else math.inf)
 
 
 def threshold(largest):
@@ -143,6 +144,12 @@ def reached(goal, curve):
     """The share of training after which a curve of P even points first is as low as a goal, straight between the points; 1 where it never is."""
     lowest = np.minimum.accumulate(curve)
     return float(np.interp(goal, lowest[::-1], np.arange(len(curve), 0, -1) / len(curve)))
+
+
+def doublings(goal, half, whole):
+    """How often the tokens of a run can be halved until its loss rises to a goal: straight through the losses of a run with half
+    the tokens and with all of them, over log₂ of the tokens. Arrays of floats."""
+    return (goal - whole) / (half - whole)
 
 
 def _reached(others, runs):
@@ -180,7 +187,12 @@ def _column(cells, key):
 def _times(more, less):
     """How many times larger, from logarithms so that no seed outweighs another: (Estimate of the logarithm, words)."""
     found = bootstrap(np.log(more / less))
-    return found, f"{math.exp(found.mean):.2f} × [{math.exp(found.low):.2f}, {math.exp(found.high):.2f}]"
+    return found, _power(found, math.e)
+
+
+def _power(logarithm, base):
+    """An Estimate of a logarithm as a factor, in words."""
+    return f"{base**logarithm.mean:.2f} × [{base**logarithm.low:.2f}, {base**logarithm.high:.2f}]"
 
 
 def _grid(values):
@@ -230,36 +242,42 @@ def _loss_claims(cells, found, grids, rates, taus):
     chosen = "; ".join(f"{name} {rates[name]:g} ({_grid(grid)})" for name, grid in grids.items())
     gain = bootstrap(losses["adamw"] - losses["muonclip"])
     yield Claim("MuonClip learns more from as many tokens than AdamW", "K2 report 2.1", "Muon substantially outperforms AdamW at equal training",
-                f"{cells.setup()}; one rate for all parameters, the best of {len(grids['adamw'])} by held-out loss on seed 0: {chosen}; τ = {taus['calm']:.3g}",
+                f"{cells.setup()}; one rate for all parameters, the best of {len(grids['adamw'])} by held-out loss on seed 0: {chosen}; "
+                f"τ = {taus['calm']:.3g}",
                 f"{means}; AdamW less MuonClip {gain}", judge(gain), "muonclip.png")  # fmt: skip
-    spared = bootstrap(losses["adamw"] - losses["half"])
+    fewer = bootstrap(doublings(*(losses[arm].mean(1, keepdims=True) for arm in ("adamw", "half", "muonclip"))))
     shares = _reached(found["adamw"], found["muonclip"])
     yield Claim("… and needs half the tokens", "Moonlight, abstract", "about 2 × the computational efficiency of AdamW",
-                f"MuonClip for {cells.tokens(cells.steps // 2):,} tokens, its rate falling to the end of these, against AdamW for {cells.tokens(cells.steps):,}",
-                f"half {bootstrap(losses['half'])}, AdamW less that {spared}; within its long run MuonClip comes to AdamW's final loss after "
-                f"{bootstrap(shares)} of the tokens, where its rate has hardly fallen yet", judge(spared))  # fmt: skip
+                f"MuonClip for {cells.tokens(cells.steps // 2):,} tokens, its rate falling to the end of these, and for {cells.tokens(cells.steps):,}; "
+                "where its loss, straight between the two over the logarithm of the tokens, is that of AdamW",
+                f"half {bootstrap(losses['half'])}, AdamW less that {bootstrap(losses['adamw'] - losses['half'])}; AdamW needs {_power(fewer, 2)} as "
+                f"many tokens; within its long run MuonClip comes to AdamW's loss after {bootstrap(shares)} of the tokens, before its rate has fallen "
+                "to the end", judge(fewer, 1.0))  # fmt: skip
     gap, hotter = bootstrap(losses["muonclip"] - losses["muon"]), bootstrap(losses["hot-muonclip"] - losses["hot-muon"])
     share = np.mean(cells.logged("muonclip", "clipped") > 0)
     yield Claim("QK-Clip does not harm the loss", "K2 report 2.1", "QK-Clip leaves the loss as it is, even with a small τ",
-                f"both at their rates; τ = {taus['calm']:.3g}, half the largest logit of seed 0 without QK-Clip, so that it acts at all; alike within {MARGIN} nats",
-                f"MuonClip less Muon {gap}; at {HOTTER} × the rate {hotter}; heads are clipped in {100 * share:.0f} % of the steps", judge_alike(gap, MARGIN))  # fmt: skip
+                f"both at their rates; τ = {taus['calm']:.3g}, half the largest logit of seed 0 without QK-Clip, so that it acts at all; alike "
+                f"within {MARGIN} nats",
+                f"MuonClip less Muon {gap}; at {HOTTER} × the rate {hotter}; heads are clipped in {100 * share:.0f} % of the steps",
+                judge_alike(gap, MARGIN))  # fmt: skip
 
 
 def _logit_claims(found, rates, hot, taus):
     peaks = {arm: _column(found[arm], "max_logit") for arm in found}
     ratio, words = _times(peaks["hot-muon"], peaks["hot-muonclip"])
-    alone, over = peaks["hot-muon"], peaks["hot-muonclip"].max() / taus["hot"]
+    span = lambda arm: f"{peaks[arm].min():.3g} … {peaks[arm].max():.3g}"  # noqa: E731
+    acts = "τ = 100 acts" if peaks["muon"].max() > LARGEST else "τ = 100 would never act"
     yield Claim("QK-Clip bounds the attention logits", "K2 report 2.1", "without it logits exceed 1000; with it they are capped at τ = 100",
-                f"Muon without and with QK-Clip at {hot['muon']:g}, {HOTTER} × its chosen rate; τ = {taus['hot']:.3g}, half the largest logit of seed 0 without it "
-                "and at most 100; the largest logit of training, all layers and heads",
-                f"without {alone.min():.3g} … {alone.max():.3g}, {words} as large as with; with it never beyond {over:.2f} τ, in the step before the clip; at the chosen "
-                f"rate without {peaks['muon'].min():.3g} … {peaks['muon'].max():.3g}: {'τ = 100 would never act' if peaks['muon'].max() < LARGEST else 'τ = 100 acts'}",
-                judge(ratio))  # fmt: skip
+                f"Muon without and with QK-Clip at {hot['muon']:g}, {HOTTER} × its chosen rate; τ = {taus['hot']:.3g}, half the largest logit of "
+                "seed 0 without it and at most 100; the largest logit of training, all layers and heads",
+                f"without {span('hot-muon')}, {words} as large as with; with it never beyond {peaks['hot-muonclip'].max() / taus['hot']:.2f} τ, in "
+                f"the step before the clip; at the chosen rate without {span('muon')}: {acts}", judge(ratio))  # fmt: skip
     ratio, words = _times(peaks["hot-muon"], peaks["hot-adamw"])
     calm = _times(peaks["muon"], peaks["adamw"])[1]
-    yield Claim("logits explode with Muon more than with AdamW", "K2 report 2.1", "exploding attention logits occur more often with Muon than with AdamW",
+    yield Claim("logits explode with Muon more than with AdamW", "K2 report 2.1", "exploding logits occur more often with Muon than with AdamW",
                 f"no QK-Clip; each at {HOTTER} × its own chosen rate (Muon {hot['muon']:g}, AdamW {hot['adamw']:g}); the largest logit of training",
-                f"Muon's logits are {words} AdamW's; at the chosen rates ({rates['muon']:g}, {rates['adamw']:g}) {calm}", judge(ratio))  # fmt: skip
+                f"Muon's are {words} AdamW's, which are {span('hot-adamw')}; at the chosen rates ({rates['muon']:g}, {rates['adamw']:g}) {calm}",
+                judge(ratio))  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- balance
@@ -279,7 +297,8 @@ def balance(scale):
     found = cells.of_seeds(arms)
     _plot_balance(cells, found)
     settings = (f"{cells.setup()}; 2 of {shape['n_routed_experts']} experts active. γ = {arms['bias']['gamma']:g}, of the most even load on seed 0 "
-                f"(CV {_grid(gammas)}); α = {arms['auxiliary']['alpha']:g} of the sequence-wise loss, whose load on seed 0 comes nearest to that (CV {_grid(alphas)})")  # fmt: skip
+                f"(CV {_grid(gammas)}); α = {arms['auxiliary']['alpha']:g} of the sequence-wise loss, whose load on seed 0 comes nearest to that "
+                f"(CV {_grid(alphas)})")  # fmt: skip
     return list(_balance_claims(found, settings))
 
 
@@ -294,9 +313,11 @@ def _balance_claims(found, settings):
     saved, even = bootstrap(losses["auxiliary"] - losses["bias"]), bootstrap(loads["auxiliary"] - loads["bias"])
     as_even = bootstrap(loads["auxiliary"] - loads["bias"] + SAME_CV)
     said = "; ".join(f"{arm} {bootstrap(losses[arm])}" for arm in found)
-    yield Claim("… and costs less loss than an auxiliary loss", "DeepSeek-V3 report 2.1.2, 4.5.2", "better than an auxiliary loss at equal or better balance",
+    yield Claim("… and costs less loss than an auxiliary loss", "DeepSeek-V3 report 2.1.2, 4.5.2",
+                "better than an auxiliary loss at equal or better balance",
                 f"held-out loss of the same decoders; the bias counts as no less even where its CV is not {SAME_CV} larger; both must hold",
-                f"loss {said}; auxiliary less bias {saved}, none less bias {bootstrap(losses['none'] - losses['bias'])}; CV, auxiliary less bias {even}",
+                f"loss {said}; auxiliary less bias {saved}, none less bias {bootstrap(losses['none'] - losses['bias'])}; "
+                f"CV, auxiliary less bias {even}",
                 worst(judge(saved), judge(as_even)))  # fmt: skip
 
 
@@ -313,16 +334,17 @@ def sparsity(scale):
     losses = np.stack([_final(runs) for runs in found.values()], axis=1)  # (S,X,B)
     fall = bootstrap(-slopes(losses, np.log2(experts)))
     means = [bootstrap(losses[:, place]) for place in range(len(experts))]
+    beyond = [bootstrap(losses[:, place] - losses[:, 0]) for place in range(len(experts))]
     steps = [bootstrap(losses[:, place] - losses[:, place + 1]) for place in range(len(experts) - 1)]
     shares = _reached(fewest, most)
-    _plot_sparsity(cells, found, experts, means)
+    _plot_sparsity(cells, found, experts, beyond)
     return [Claim("more experts lower the loss at as many active parameters", "K2 report 2.3",
                   "at fixed FLOPs a higher sparsity lowers the loss: sparsity 48 needs 1.69, 1.39 and 1.15 × fewer FLOPs than 8, 16 and 32",
                   f"{cells.setup()}; 2 active experts of width {NARROW} and one shared, of {', '.join(map(str, experts))} in all, so sparsity "
                   f"{experts[0] / 2:g} … {experts[-1] / 2:g}; slope of the held-out loss on log2 of the experts",
                   f"loss {'; '.join(f'{number}: {mean}' for number, mean in zip(experts, means))}; each doubling saves {fall}; it falls at "
-                  f"{sum(step.mean > 0 for step in steps)} of {len(steps)} doublings ({', '.join(map(str, steps))}); {experts[-1]} experts come to the final loss "
-                  f"of {experts[0]} after {bootstrap(shares)} of the tokens", judge(fall), "sparsity.png")]  # fmt: skip
+                  f"{sum(step.mean > 0 for step in steps)} of {len(steps)} doublings ({', '.join(map(str, steps))}); {experts[-1]} experts come "
+                  f"to the final loss of {experts[0]} after {bootstrap(shares)} of the tokens", judge(fall), "sparsity.png")]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------- plots
@@ -346,7 +368,8 @@ def _plot_muonclip(cells, found, taus):
     """The loss at the chosen rates; the largest logit of each layer there, and at the higher rate."""
     figure, (left, *others) = plt.subplots(1, 3, figsize=(16, 4.2))
     parts = {"at the chosen rates": ("adamw", "muon", "muonclip"), f"at {HOTTER} × the rates": ("hot-adamw", "hot-muon", "hot-muonclip")}
-    for number, (arm, (xs, means, lows, highs)) in enumerate(_loss_curves(cells, {arm: found[arm] for arm in ("adamw", "muon", "muonclip", "half")}).items()):
+    curves = _loss_curves(cells, {arm: found[arm] for arm in ("adamw", "muon", "muonclip", "half")})
+    for number, (arm, (xs, means, lows, highs)) in enumerate(curves.items()):
         left.plot(xs, means, color=f"C{number}", label=f"muonclip, {arm}" if arm == "half" else arm, marker=".")
         left.fill_between(xs, lows, highs, color=f"C{number}", alpha=0.15, linewidth=0)
     left.set(title="held-out loss, nats per token", xlabel="tokens")
@@ -378,18 +401,18 @@ def _plot_balance(cells, found, window=10):
               cells.folder / "balance.png")  # fmt: skip
 
 
-def _plot_sparsity(cells, found, experts, means):
-    """The loss against the number of experts, with its interval; and over training."""
+def _plot_sparsity(cells, found, experts, beyond):
+    """The loss against the number of experts, beside that of the fewest on the same batches and seeds; and over training."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.9))
-    middle = np.array([one.mean for one in means])
-    left.errorbar(experts, middle, [middle - [one.low for one in means], [one.high for one in means] - middle], marker="o", capsize=4)
+    middle = np.array([one.mean for one in beyond])
+    left.errorbar(experts, middle, [middle - [one.low for one in beyond], [one.high for one in beyond] - middle], marker="o", capsize=4)
     left.set_xscale("log", base=2)
     left.set_xticks(experts, map(str, experts))
-    left.set(title="held-out loss, nats per token", xlabel="experts, of which 2 are active")
+    left.set(title=f"held-out loss less that of {experts[0]} experts, nats per token", xlabel="experts, of which 2 are active")
     for arm, (xs, curve, lows, highs) in _loss_curves(cells, found).items():
         right.plot(xs, curve, label=arm.replace("-", " "), marker=".")
         right.fill_between(xs, lows, highs, alpha=0.15, linewidth=0)
-    right.set(title="… over training", xlabel="tokens")
+    right.set(title="held-out loss over training", xlabel="tokens")
     right.legend(frameon=False, fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)

@@ -5,7 +5,6 @@
                            ├─▶ images + clips, each frame an image of its own, as many as take the room of the chunks  "fewer"
                            ├─▶ images + clips, each frame an image of its own, all of them                             "frames"
                            └─▶ images alone, about as many as the others see                                           "images"
-    new weights ──────────────▶ images + clips in chunks, as long as "chunks"                                          "scratch"
 
 Pictures have 28 × 28 pixels, one token, and show a thing in one of four cells. In a passing clip it moves to a neighbouring cell, in a
 clip of flashes two things light up, each for one frame; forwards and backwards a clip shows the same pictures. All arms answer
@@ -38,12 +37,13 @@ from tokenizer import Tokenizer
 from vit3d import VisionConfig
 
 CELL = 14  # pixels: one patch; a picture has 2 × 2 of them, which merge into one token
+SIDES = (9, 11, 13)  # pixels of a thing
 FRAMES = 8  # of a clip: two chunks
 CHUNK = 4  # frames
 APART = MediaConfig(temporal_merge_kernel_size=1)  # each frame is an item of its own
 ARMS = {  # how each arm reads a clip
     "chunks": MediaConfig(temporal_merge_kernel_size=CHUNK), "fewer": dataclasses.replace(APART, max_num_frames_each_video=FRAMES // CHUNK),
-    "frames": APART, "images": MediaConfig(), "scratch": MediaConfig(temporal_merge_kernel_size=CHUNK),
+    "frames": APART, "images": MediaConfig(),
 }  # fmt: skip
 MODEL = {
     "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32, "num_hidden_layers": 2, "n_routed_experts": 4, "q_lora_rank": 32,
@@ -52,7 +52,7 @@ MODEL = {
 TOWER = VisionConfig(init_pos_emb_height=2, init_pos_emb_width=2, vt_hidden_size=48, vt_num_attention_heads=4, vt_num_hidden_layers=2,
                      vt_intermediate_size=96, text_hidden_size=MODEL["hidden_size"])  # fmt: skip
 ROOMS = {  # rows × tokens of a step, so that all arms see about as many documents; "images" as many images
-    "chunks": (16, 192), "fewer": (15, 192), "frames": (28, 224), "images": (8, 128), "scratch": (16, 192),
+    "chunks": (16, 192), "fewer": (15, 192), "frames": (28, 224), "images": (8, 128),
 }  # fmt: skip
 SAME = 0.05  # accuracies that differ by less count as alike
 
@@ -96,7 +96,7 @@ MOVES = {"left": ((1, 3), -1), "right": ((0, 2), 1), "up": ((2, 3), -2), "down":
 
 def _thing(rng, cell, colour=None, shape=None):
     """A thing somewhere in a cell; what is not given is drawn."""
-    side = rng.choice((11, 13))
+    side = rng.choice(SIDES)
     x, y = (CELL * place + rng.randint(0, CELL - side) for place in (cell % 2, cell // 2))
     return Thing(shape or rng.choice(SHAPES), colour or rng.choice(tuple(COLOURS)), x, y, x + side - 1, y + side - 1)
 
@@ -140,27 +140,10 @@ def _other(rng, colour, colours):
     return rng.choice([other for other in colours if other != colour])
 
 
-def _crowd(rng, **given):
-    """A thing in every corner; what is given is that of the first. Returns (corner of the first, Still)."""
-    corners = rng.sample(range(4), 4)
-    things = {corner: _thing(rng, corner, **(given if corner == corners[0] else {})) for corner in corners}
-    return corners[0], Still(tuple(things[corner] for corner in range(4)))
-
-
-def _ask_crowd(rng, word, values):
-    answer, choices = pick(rng, tuple(values))
-    corner, still = _crowd(rng, **{word: answer})
-    return Draft(((f"<image>Q:{CORNERS[corner]} {word}?A:", answer),), repr(still), choices, (still,))
-
-
 IMAGES = (
     _question("colour", COLOURS, lambda rng, answer, _: Still((_thing(rng, _any(rng), colour=answer),)), "<image>"),
     _question("shape", SHAPES, lambda rng, answer, _: Still((_thing(rng, _any(rng), shape=answer),)), "<image>"),
     _question("where", CORNERS, lambda rng, answer, _: Still((_thing(rng, CORNERS.index(answer)),)), "<image>"),
-)
-CROWDED = (  # of a picture with a thing in every corner
-    Source("corner colour", "vision", "", lambda rng: _ask_crowd(rng, "colour", COLOURS)),
-    Source("corner shape", "vision", "", lambda rng: _ask_crowd(rng, "shape", SHAPES)),
 )
 SEEN = (  # what images taught, asked of a clip
     _question("colour", COLOURS, lambda rng, answer, _: Reel(_passing(rng, rng.choice(tuple(MOVES)), colour=answer)), name="clip colour"),
@@ -171,7 +154,7 @@ ORDERED = (  # what only the order of frames tells
     _question("first", COLOURS, lambda rng, answer, choices: Reel(_flashes(rng, answer, _other(rng, answer, choices)))),
     _question("last", COLOURS, lambda rng, answer, choices: Reel(_flashes(rng, _other(rng, answer, choices), answer))),
 )
-SCORED = (*IMAGES, *CROWDED, *SEEN, *ORDERED)
+SCORED = (*IMAGES, *SEEN, *ORDERED)
 
 
 def _interview(marker, shown, answers, rng):
@@ -186,13 +169,6 @@ def propose_still(rng):
     cell = _any(rng)
     thing = _thing(rng, cell)
     return _interview("<image>", Still((thing,)), {"colour": thing.colour, "shape": thing.shape, "where": CORNERS[cell]}, rng)
-
-
-def propose_crowd(rng):
-    """Three questions about the corners of a full picture."""
-    _, still = _crowd(rng)
-    asked = rng.sample([(word, corner) for word in ("colour", "shape") for corner in range(4)], 3)
-    return _interview("<image>", still, {f"{CORNERS[corner]} {word}": getattr(still.things[corner], word) for word, corner in asked}, rng)
 
 
 def propose_album(rng):
@@ -220,7 +196,7 @@ def propose_flashes(rng):
 
 
 LEARNED = {name: Source(name, "vision", "", propose) for name, propose in
-           (("still", propose_still), ("crowd", propose_crowd), ("album", propose_album), ("passing", propose_passing), ("flashes", propose_flashes))}  # fmt: skip
+           (("still", propose_still), ("album", propose_album), ("passing", propose_passing), ("flashes", propose_flashes))}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ cells
@@ -253,22 +229,18 @@ def _train(model, names, log, arm, seed, steps, rows, length):
 
 def start(folder, name, log, seed, steps, rows, length, asked):
     """Images alone, from new weights; then questions about clips, which it never met, against grey frames and new weights."""
-    model = _new(seed)
+    model = decoder(seed, **MODEL, vision=TOWER)
     untrained = _right(model, (*SEEN, ORDERED[0]), asked)
-    _train(model, ["still"], log, "images", seed, steps, rows, length)
+    _train(model, ["still", "album"], log, "images", seed, steps, rows, length)
     save(model, folder / "models" / name)
     return {"right": _right(model, (*IMAGES, *SEEN, ORDERED[0]), asked), "blind": _right(model, SEEN, asked, blind=True), "untrained": untrained}
 
 
-def _new(seed):
-    return decoder(seed, **MODEL, vision=TOWER)
-
-
 def arm(folder, name, log, arm, seed, steps, rows, length, asked):
-    """One arm, from its seed's images or from new weights, on held-out questions of every kind."""
-    model = _new(seed) if arm == "scratch" else load(folder / "models" / f"start-{seed}", dtype=torch.float32)
+    """One arm, from its seed's stage of images, on held-out questions of every kind."""
+    model = load(folder / "models" / f"start-{seed}", dtype=torch.float32)
     model.config = dataclasses.replace(model.config, media=ARMS[arm])
-    documents = _train(model, ["still"] if arm == "images" else list(LEARNED), log, arm, seed, steps, rows, length)
+    documents = _train(model, ["still"] if arm == "images" else ["still", "passing", "flashes"], log, arm, seed, steps, rows, length)
     found = {"right": _right(model, IMAGES if arm == "images" else SCORED, asked), "documents": documents}
     if arm == "chunks":
         found["shuffled"] = _right(model, ORDERED, asked, shuffled)
@@ -326,17 +298,13 @@ def _claims(read):
                 "trained on images alone, asked for the colour and the shape of a thing that moves in a clip, against the same weights on grey frames, chance 0.25",
                 f"clips {score('zero-shot', SEEN)}, grey {score('zero-shot', SEEN, 'blind')}: gain {gain}; untrained {score('zero-shot', SEEN, 'untrained')}; images "
                 f"{score('zero-shot', IMAGES[:2])}; where it moves, which no image shows {score('zero-shot', ORDERED[:1])}", judge(gain))  # fmt: skip
-    ahead = between("chunks", "scratch", SEEN + ORDERED)
-    yield Claim("image training helps to learn video", "K2.5 report 4.2", "what images teach carries over to video through the shared weights",
-                "the same stage of images and clips after a stage of images, or from new weights; held-out questions about clips, chance 0.25",
-                f"after images {score('chunks', SEEN + ORDERED)}, from new weights {score('scratch', SEEN + ORDERED)}: gain {ahead}", judge(ahead))  # fmt: skip
 
 
 def _plot(read, path):
     """Bars with intervals: questions about clips by how they are read, about images, zero-shot."""
     panels = {
         "clips": (SEEN + ORDERED, {"4 frames averaged": ("chunks", "right"), "fewer frames, same tokens": ("fewer", "right"),
-                                   "all frames apart, 4× tokens": ("frames", "right"), "averaged, without images first": ("scratch", "right")}),
+                                   "all frames apart, 4× tokens": ("frames", "right")}),
         "images": (IMAGES, {"images and clips": ("chunks", "right"), "images alone": ("images", "right")}),
         "clips after images alone (zero-shot)": (SEEN, {"clips": ("zero-shot", "right"), "grey frames": ("zero-shot", "blind"),
                                                         "untrained": ("zero-shot", "untrained")}),

@@ -145,3 +145,9 @@ def test_the_vocabulary_is_the_same_file_every_time(tokenizer, tmp_path):
 def test_impossible_questions_are_refused(arguments):
     with pytest.raises(QuestionError, match="\\S"):
         draw(random.Random(0), *arguments)
+
+
+def test_single_look_ups_are_of_all_rows_that_are_asked_of_subagents():
+    """A letter that no subagent has seen would be one that it cannot look up."""
+    seen = {single_lookup(random.Random(seed))[0][0] for seed in range(600)}
+    assert set("abcdefgh") <= seen

@@ -103,6 +103,16 @@ def test_a_script_with_scripted_subagents_has_the_record_it_should(tokenizer, fr
     assert (record.performance, record.given, record.critical) == (1.0, 0, record.total)
 
 
+def test_subagents_are_taught_to_answer_when_one_step_is_left(tokenizer):
+    """A swarm near its budget asks its subagents for their answers; that must be nothing new to them."""
+    asked = 0
+    for document in lookup_documents(80, tokenizer, 0):
+        _, hurry, rest = tokenizer.decode(document.ids).partition(lookups.STEP_LEFT)
+        asked += bool(hurry)
+        assert SECTION_BEGIN not in rest
+    assert 5 < asked < 40
+
+
 def test_an_order_is_of_one_subtask_and_its_result_becomes_the_table(tokenizer):
     """Practice in the use of the tools shows no decomposition."""
     for document in parl.order_documents(12, tokenizer, 0):
