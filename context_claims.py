@@ -1,13 +1,12 @@
-"""Long context by YaRN, and experts in int4, from one small decoder per seed — K2.5 report 2.1, 4.2, 4.3; K2 report 2.4.
+"""Long context by YaRN, and experts in int4 — K2.5 report 2.1, 4.2, 4.3; K2 report 2.4.
 
-                                        ┌─▶ plain RoPE or YaRN, as it is or after a few steps at 8 times the length          yarn
-    prose and needles, 128 tokens long ──┤
-                                        └─▶ routed experts rounded to int4: as they are, after float steps, after QAT steps   int4
+    yarn    prose and needles, 128 tokens long ─▶ plain RoPE or YaRN: as it is, or after a few steps at 8 times the length
+    int4    facts, sums and docstrings ─▶ routed experts rounded to int4: at once, after more float steps, after as many QAT steps
 
 Prose is docstrings, one after the other. A needle is a capital letter among words, one of each of six groups of four: its group is the
 key, which of the four it is the value. Asked `?2` at the end, the answer is the letter of group 2 that stood anywhere before; chance is 1/4.
 
-Public names: MODEL, TIMES, propose_prose, propose_needles, lessons, base, extended, quantised, yarn, int4.
+Public names: MODEL, EXPERTS, TIMES, propose_prose, propose_needles, lessons, extended, quantised, yarn, int4.
 Tests: pytest tests/test_context_claims.py
 """
 
@@ -21,14 +20,14 @@ import numpy as np
 import torch
 
 import evaluate
-from data import encode_example, pack_rows
+from data import encode_example, pack_rows, questions
 from example import Draft, Source, split_of
 from k25 import load, save
 from lab import Claim, blend, decoder, judge, judge_alike, loss_on, pretrain
 from mla import Yarn
 from rl_report import save_figure
 from sft import SFTConfig
-from sources import propose_docstring
+from sources import SOURCES, propose_docstring, weighted
 from step import losses
 from study import bootstrap
 from tokenizer import Tokenizer
@@ -37,10 +36,12 @@ MODEL = {
     "hidden_size": 64, "intermediate_size": 192, "moe_intermediate_size": 32, "num_hidden_layers": 2, "n_routed_experts": 8, "q_lora_rank": 32,
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "v_head_dim": 16, "rope_theta": 1000.0,
 }  # fmt: skip
+EXPERTS = MODEL | {"num_hidden_layers": 3, "intermediate_size": 64, "moe_intermediate_size": 64, "n_routed_experts": 16}  # most of it is routed
+KNOWLEDGE = {"fact_statement": 2.0, "fact_question": 3.0, "sum": 3.0, "largest": 2.0, "docstring": 1.0}  # what int4 learns; the questions have choices
 GROUPS = tuple(string.ascii_uppercase[start : start + 4] for start in range(0, 24, 4))  # a needle is a letter, its key the group that it is of
 SHORTEST = 4 * len(GROUPS) + 2  # tokens: every group asked for, no words
 RATE, ADAMW_RATE = 1e-2, 6e-3  # peak learning rates
-MARGIN = 0.01  # nats per token that still count as alike
+MARGIN = 0.002  # nats per token that still count as alike
 FACTOR = 8  # of the extension
 TIMES = (1, 2, 4, 8, 16)  # the trained length, at which needles are sought and prose is read
 
@@ -117,43 +118,41 @@ def _read(model, length, documents):
 # ------------------------------------------------------------------------------------------------ cells
 
 
-def base(folder, name, log, seed, steps, rows, length):
-    """The decoder that all start from, trained at the short length."""
-    model, t = decoder(seed, **MODEL), SFTConfig(steps, rows, length, lr=RATE, adamw_lr=ADAMW_RATE, dtype="float32")
-    results = pretrain(model, blend(lessons(length), 0.0, t, seed), t, log)
-    save(model, folder / "models" / name)
-    return {"loss": results[-1].loss}
-
-
-def _base(folder, seed, **runtime):
-    return load(folder.parent / "stages" / "models" / f"context-{seed}", dtype=torch.float32, **runtime)
+def _settings(steps, rows, length, rate=1.0):
+    return SFTConfig(steps, rows, length, lr=rate * RATE, adamw_lr=rate * ADAMW_RATE, dtype="float32")
 
 
 def extended(folder, name, log, arm, seed, factor, times, steps, rows, length, asked, documents):
-    """One arm of `yarn`: the base with `factor` times its length, its needles by length and its loss by position."""
-    model = decoder(seed, **MODEL, yarn=Yarn(float(factor) if "yarn" in arm else 1.0, length))
-    model.load_state_dict(_base(folder, seed).state_dict())
+    """One arm of `yarn`: its needles by length and its loss by position. Plain RoPE is trained at the short length; all others start from it."""
+    model, long = decoder(seed, **MODEL, yarn=Yarn(float(factor) if "yarn" in arm else 1.0, length)), factor * length
+    if arm == "plain":
+        t = _settings(steps, rows, length)
+        pretrain(model, blend(lessons(length), 0.0, t, seed), t, log)
+        save(model, folder / "models" / name)
+    else:
+        model.load_state_dict(load(folder / "models" / f"plain-{seed}", dtype=torch.float32).state_dict())
     if "tuned" in arm:
-        t = SFTConfig(steps, rows, factor * length, lr=RATE / 4, adamw_lr=ADAMW_RATE / 4, warmup=5, dtype="float32")
-        pretrain(model, blend(lessons(t.length), 0.0, t, seed, stage="long"), t, log)
+        t = _settings(steps, rows, long, 0.25)
+        pretrain(model, blend(lessons(long), 0.0, t, seed, stage="long"), t, log)
     read = np.reshape(_read(model, max(times) * length, documents), (documents, -1, length // 2)).mean(axis=2)
     return {"needles": {str(n): _found(model, n * length, asked) for n in times}, "loss": read.round(5).tolist()}
 
 
 def quantised(folder, name, log, arm, seed, steps, rows, length, asked, batches):
-    """One arm of `int4`: the base as it is, after more steps, or after as many with experts that are rounded in each forward pass
-    (QAT); each as it is and with its routed experts written as int4 and read again."""
-    model, t = _base(folder, seed, qat=arm == "qat"), SFTConfig(steps, rows, length, lr=RATE / 4, adamw_lr=ADAMW_RATE / 4, warmup=5, dtype="float32")
-    if arm != "base":
-        pretrain(model, blend(lessons(length), 0.0, t, seed, stage="more"), t, log)
-    held_out = list(islice(blend(lessons(length), 0.0, t, 0, "heldout"), batches))
-    where = folder / "models" / name
-    save(model, where)
-    save(model, folder / "models" / f"{name}-int4", int4=True)
-    found = {}
-    for kind, place in (("float", where), ("int4", f"{where}-int4")):
-        model = load(place, dtype=torch.float32)
-        found[kind] = {"loss": [loss_on(model, [batch]) for batch in held_out], "right": _found(model, length, asked)}
+    """One arm of `int4`: new weights trained in float ("base"), or that after more steps, in float or with experts that are rounded in each
+    forward pass ("qat"). Each is measured as it is, and with its routed experts written as int4 and read again."""
+    sources, t = weighted(KNOWLEDGE), _settings(steps, rows, length, 1.0 if arm == "base" else 0.25)
+    model = decoder(seed, **EXPERTS) if arm == "base" else load(folder / "models" / f"base-{seed}", dtype=torch.float32, qat=arm == "qat")
+    pretrain(model, blend(sources, 0.0, t, seed, stage="base" if arm == "base" else "more"), t, log)
+    held_out = list(islice(blend(sources, 0.0, t, 0, "heldout"), batches))
+    questioned, found = questions([SOURCES[kind] for kind in KNOWLEDGE if SOURCES[kind].ability], asked, 0), {}
+    for kind in ("float", "int4"):
+        where = folder / "models" / (name if kind == "float" else f"{name}-int4")
+        save(model, where, int4=kind == "int4")
+        measured = load(where, dtype=torch.float32)
+        chosen = evaluate.answer(measured, questioned, Tokenizer())
+        found[kind] = {"loss": [loss_on(measured, [batch]) for batch in held_out],
+                       "right": [int(example.choices[choice] == example.answer) for example, choice in zip(questioned, chosen)]}  # fmt: skip
     return found
 
 
@@ -163,25 +162,19 @@ EXTENSIONS = ("plain", "yarn", "plain tuned", "yarn tuned")
 QUANTISED = ("base", "float", "qat")
 
 
-def _bases(scale):
-    """The shared decoders, one per seed. Returns the length that they were trained at."""
-    length = scale.pick(128, 64)
-    sizes = {"steps": scale.pick(500, 2), "rows": scale.pick(16, 2), "length": length}
-    cells = {f"context-{seed}": {"seed": seed} | sizes for seed in scale.seeds}
-    scale.run("stages", cells, base, dict.fromkeys(cells, sizes["steps"]))
-    return length
-
-
 def yarn(scale):
     """The claims about the extension by YaRN, and yarn.png. scale: lab.Scale. Returns list of Claim."""
-    length, factor, times = _bases(scale), scale.pick(FACTOR, 2), scale.pick(TIMES, TIMES[:2])
-    sizes = {"factor": factor, "times": times, "steps": scale.pick(40, 2), "rows": scale.pick(3, 1), "length": length,
-             "asked": scale.pick(20, 2), "documents": scale.pick(8, 2)}  # fmt: skip
-    cells = {f"{arm.replace(' ', '-')}-{seed}": {"arm": arm, "seed": seed} | sizes for seed in scale.seeds for arm in EXTENSIONS}
-    found = scale.run("yarn", cells, extended, {name: sizes["steps"] for name in cells if "tuned" in name})
-    arms = {arm: [found[f"{arm.replace(' ', '-')}-{seed}"] for seed in scale.seeds] for arm in EXTENSIONS}
-    _plot_yarn(arms, times, length, factor, scale.folder / "yarn" / "yarn.png")
-    return list(_yarn_claims(arms, factor, sizes["steps"], length))
+    length, factor, times = scale.pick(128, 64), scale.pick(FACTOR, 2), scale.pick(TIMES, TIMES[:2])
+    measured = {"factor": factor, "times": times, "length": length, "asked": scale.pick(20, 2), "documents": scale.pick(8, 2)}
+    short = {"steps": scale.pick(500, 2), "rows": scale.pick(16, 2)}
+    more = {"steps": scale.pick(40, 2), "rows": scale.pick(3, 1)}
+    found = {}
+    for arm in EXTENSIONS:
+        cells = {f"{arm.replace(' ', '-')}-{seed}": {"arm": arm, "seed": seed} | (short if arm == "plain" else more) | measured for seed in scale.seeds}
+        rows = dict.fromkeys(cells, 0 if arm == "yarn" else cells[next(iter(cells))]["steps"])
+        found[arm] = list(scale.run("yarn", cells, extended, rows).values())
+    _plot_yarn(found, times, length, factor, scale.folder / "yarn" / "yarn.png")
+    return list(_yarn_claims(found, factor, more["steps"], length))
 
 
 def _needles(cells, times):
@@ -240,13 +233,14 @@ def _plot_yarn(arms, times, length, factor, path):
 
 def int4(scale):
     """The claims about int4 experts, and int4.png. scale: lab.Scale. Returns list of Claim."""
-    length = _bases(scale)
-    sizes = {"steps": scale.pick(150, 2), "rows": scale.pick(16, 2), "length": length, "asked": scale.pick(40, 2), "batches": scale.pick(16, 2)}
-    cells = {f"{arm}-{seed}": {"arm": arm, "seed": seed} | sizes for seed in scale.seeds for arm in QUANTISED}
-    found = scale.run("int4", cells, quantised, {name: sizes["steps"] for name in cells if not name.startswith("base")})
-    arms = {arm: [found[f"{arm}-{seed}"] for seed in scale.seeds] for arm in QUANTISED}
-    _plot_int4(arms, scale.folder / "int4" / "int4.png")
-    return list(_int4_claims(arms, sizes["steps"]))
+    sizes = {"rows": scale.pick(16, 2), "length": 128, "asked": scale.pick(90, 3), "batches": scale.pick(16, 2)}
+    found = {}
+    for arm in QUANTISED:
+        steps = scale.pick(350 if arm == "base" else 100, 2)
+        cells = {f"{arm}-{seed}": {"arm": arm, "seed": seed, "steps": steps} | sizes for seed in scale.seeds}
+        found[arm] = list(scale.run("int4", cells, quantised, dict.fromkeys(cells, steps)).values())
+    _plot_int4(found, scale.folder / "int4" / "int4.png")
+    return list(_int4_claims(found, steps))
 
 
 def _measured(cells, kind, what="loss"):
@@ -259,14 +253,14 @@ def _int4_claims(arms, steps):
     right = {(arm, kind): bootstrap(_measured(cells, kind, "right")) for arm, cells in arms.items() for kind in ("float", "int4")}
     gap = bootstrap(loss["qat", "int4"] - loss["float", "float"])
     setup = (f"one decoder per seed; {steps} more steps with QAT of the routed experts or as many in float; rounding in groups of 32, written in the released "
-             "int4 layout and read again; held-out prose and needles, nats per token")  # fmt: skip
+             "int4 layout and read again; held-out facts, sums and docstrings, nats per token")  # fmt: skip
     yield Claim("QAT loses nothing against float", "K2.5 report 2.1, K2 Thinking", "int4 experts by quantisation-aware training, lossless", f"{setup}; alike within "
-                f"{MARGIN}", f"QAT in int4 less float steps in float {gap}; needles found {right['qat', 'int4']} and {right['float', 'float']}, chance 0.25",
+                f"{MARGIN}", f"QAT in int4 less float steps in float {gap}; questions right {right['qat', 'int4']} and {right['float', 'float']}, chance 0.25",
                 judge_alike(gap, MARGIN), "int4.png")  # fmt: skip
     gain, cost = bootstrap(loss["float", "int4"] - loss["qat", "int4"]), bootstrap(loss["float", "int4"] - loss["float", "float"])
     yield Claim("QAT beats rounding after training", "K2.5 report 2.1, K2 Thinking", "quantisation-aware training rather than rounding of a trained model", setup,
                 f"float steps, then rounded, less QAT, then rounded {gain}; rounding costs {cost} after float steps and "
-                f"{bootstrap(loss['base', 'int4'] - loss['base', 'float'])} without any; needles found when rounded {right['float', 'int4']}", judge(gain))  # fmt: skip
+                f"{bootstrap(loss['base', 'int4'] - loss['base', 'float'])} without any; questions right when rounded {right['float', 'int4']}", judge(gain))  # fmt: skip
 
 
 def _plot_int4(arms, path):

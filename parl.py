@@ -97,7 +97,7 @@ def lookup_documents(number, tokenizer, seed):
     async def one(rng):
         prompt, pages = lookups.single_lookup(rng)
         policy = lookups.scripted(tokenizer, lookups.look_up(prompt))
-        limits = _limits(rng.randint(3, SUB_STEPS))
+        limits = _limits(rng.randint(min(3, SUB_STEPS), SUB_STEPS))
         await Swarm(prompt, policy, Corpus.of(pages), Log(None), limits, delegation=False, system=lookups.ROLE).run()
         return encoded(policy.talk(), "look-up")
 

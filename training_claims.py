@@ -248,11 +248,11 @@ def _loss_claims(cells, found, grids, rates, taus):
     fewer = bootstrap(doublings(*(losses[arm].mean(1, keepdims=True) for arm in ("adamw", "half", "muonclip"))))
     shares = _reached(found["adamw"], found["muonclip"])
     yield Claim("… and needs half the tokens", "Moonlight, abstract", "about 2 × the computational efficiency of AdamW",
-                f"MuonClip for {cells.tokens(cells.steps // 2):,} tokens, its rate falling to the end of these, and for {cells.tokens(cells.steps):,}; "
-                "where its loss, straight between the two over the logarithm of the tokens, is that of AdamW",
+                f"MuonClip for {cells.tokens(cells.steps // 2):,} tokens, its rate falling to the end of these, and for "
+                f"{cells.tokens(cells.steps):,}; where its loss, straight between the two over the logarithm of the tokens, is that of AdamW",
                 f"half {bootstrap(losses['half'])}, AdamW less that {bootstrap(losses['adamw'] - losses['half'])}; AdamW needs {_power(fewer, 2)} as "
-                f"many tokens; within its long run MuonClip comes to AdamW's loss after {bootstrap(shares)} of the tokens, before its rate has fallen "
-                "to the end", judge(fewer, 1.0))  # fmt: skip
+                f"many tokens; within its long run MuonClip comes to AdamW's loss after {bootstrap(shares)} of the tokens, before its rate has "
+                "fallen to the end", judge(fewer, 1.0))  # fmt: skip
     gap, hotter = bootstrap(losses["muonclip"] - losses["muon"]), bootstrap(losses["hot-muonclip"] - losses["hot-muon"])
     share = np.mean(cells.logged("muonclip", "clipped") > 0)
     yield Claim("QK-Clip does not harm the loss", "K2 report 2.1", "QK-Clip leaves the loss as it is, even with a small τ",

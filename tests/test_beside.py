@@ -173,17 +173,16 @@ def test_both_kinds_of_queries_have_as_many_parameters_from_the_same_draw():
 
 
 def test_a_page_is_read_in_the_order_of_its_numbers():
-    letters = "ABCDEFGHIJKL"[: beside.PLACES]
-    order = (*range(1, beside.PLACES // beside.RUN), 0)  # the first block comes last
-    assert Tiles(letters, order).read() == letters[beside.RUN :] + letters[: beside.RUN] and Tiles(letters).read() == letters
-    image, plain = Tiles(letters, order).render(), Tiles(letters).render()
-    red = np.argwhere((np.asarray(image)[:, :, 0] > 200) & (np.asarray(image)[:, :, 1] < 100))
-    found = {(y // beside.TILE) * beside.COLUMNS + x // beside.TILE for y, x in red}
-    assert found == set(range(0, beside.PLACES, beside.RUN))
-    box = (beside.TILE // 2, 0, beside.TILE, beside.TILE)  # where the first tile's number stands
-    last = Tiles("P" * beside.PLACES, order).render().crop(box)
-    assert image.crop(box).tobytes() == last.tobytes() != Tiles(letters, tuple(range(len(order)))).render().crop(box).tobytes()
-    assert plain.crop(box).getcolors() == [(box[2] // 2 * beside.TILE, (255, 255, 255))]
+    letters, tile = "ABCDEFGHI", beside.TILE
+    order = (*range(1, 9), 0)  # the first tile comes last
+    assert Tiles(letters, order).read() == "BCDEFGHIA" and Tiles(letters).read() == letters
+    pixels = np.asarray(Tiles(letters, order).render()).astype(int)
+    red = np.argwhere((pixels[:, :, 0] > 200) & (pixels[:, :, 1] < 100))
+    assert {(y // tile) * 3 + x // tile for y, x in red} == set(range(9))
+    number = lambda page, place: page.render().crop((tile * (place % 3) + tile // 2, tile * (place // 3), tile * (place % 3 + 1), tile * (place // 3 + 1))).tobytes()  # noqa: E731
+    turned, straight = Tiles("P" * 9, order), Tiles(letters, tuple(range(9)))
+    assert [number(turned, place) for place in range(9)] == [number(straight, shown) for shown in (8, *range(8))]
+    assert len({number(straight, place) for place in range(9)}) == 9 and len({number(Tiles(letters), place) for place in range(9)}) == 1
 
 
 @pytest.mark.parametrize("kind", beside.PAGES)
@@ -270,11 +269,14 @@ def test_the_figures_of_pixels_are_those_of_the_cells(tmp_path):
 
 
 def test_the_figures_of_reading_order_are_those_of_the_cells(tmp_path):
-    half, whole = [[1.0] * 6 + [0.0] * 6] * 4, [[1.0] * 12] * 4
-    Made.made = lambda self, arm: {"numbered": {"raster": half, "own tile": half, "causal": whole}[arm.replace("-", " ")], "plain": whole}
+    """By hand: in the end causal reads all, own tile two thirds, raster all but one letter of 36; halfway causal reads nothing."""
+    nothing, some, most, whole = ([[1.0] * right + [0.0] * (9 - right)] * 3 + [[1.0] * last + [0.0] * (9 - last)] for right, last in ((0, 0), (6, 6), (9, 8), (9, 9)))
+    ends = {"raster": most, "own-tile": some, "causal": whole}
+    Made.made = lambda self, arm: {"numbered": [nothing, nothing if arm == "causal" else most, some, ends[arm]], "plain": [whole] * 4}
     ordered, plain = reading_order(Made(tmp_path, (1, 2)))
-    assert "causal less own tile 0.500 [0.500, 0.500]" in ordered.found and ordered.verdict == REPLICATES
-    assert "causal less own tile 0.000" in plain.found and plain.verdict == REPLICATES
+    assert "causal less own tile 0.333 [0.333, 0.333]" in ordered.found and "causal less raster 0.028 [0.000, 0.083]" in ordered.found
+    assert "after half of the training causal less raster -0.972" in ordered.found and ordered.verdict == DIRECTION
+    assert "causal less raster 0.000" in plain.found and plain.verdict == REPLICATES
 
 
 def test_the_figures_of_block_attention_are_those_of_the_cells(tmp_path):

@@ -17,8 +17,8 @@ from lab import DIRECTION, NOT, REPLICATES, Scale, blend, decoder, judge, judge_
 from sft import SFTConfig
 from sources import TEXT_WEIGHTS, weighted
 from study import Estimate, bootstrap, read_rows
-from training_claims import (EXPERTS, HOTTER, LARGEST, MARGIN, SMALLEST, adamw, balance, best, doublings, muonclip, nearest, reached, slopes, sparsity,
-                             threshold, trained, unigram, worst)  # fmt: skip
+from training_claims import (EXPERTS, HOTTER, LARGEST, MARGIN, SMALLEST, adamw, balance, best, doublings, muonclip, nearest, reached, slopes,
+                             sparsity, threshold, trained, unigram, worst)  # fmt: skip
 
 CELL = {
     "seed": 1, "kind": "muon", "rate": 0.01, "tau": None, "gamma": 0.0, "alpha": 0.0, "steps": 8, "rows": 1, "length": 96, "points": 2, "held_out": 2,
@@ -84,7 +84,7 @@ def test_reached_by_hand():
 
 
 def test_doublings_by_hand():
-    """A loss of 3 − log₂ of the tokens: 2 with two units, 1 with four; a goal of 0.5 + 1 needs 2^1.5 of them, half a doubling less than four."""
+    """A loss of 3 − log₂ of the tokens: 2 with two of them, 1 with four; a goal of 1.5 needs 2^1.5, half a doubling less than four."""
     assert doublings(2.0, 2.0, 1.0) == 1.0 and doublings(1.0, 2.0, 1.0) == 0.0
     assert doublings(1.5, 2.0, 1.0) == 0.5 and doublings(3.0, 2.0, 1.0) == 2.0 and doublings(0.5, 2.0, 1.0) == -0.5
 
