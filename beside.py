@@ -47,8 +47,8 @@ ALIKE = 0.05  # shares right that differ by less count as alike
 
 def _model(seed, rows, columns, layers=2):
     """A decoder of some layers with a tower for pages of rows × columns tiles."""
-    tower = VisionConfig(init_pos_emb_height=2 * rows, init_pos_emb_width=2 * columns, vt_hidden_size=96, vt_num_attention_heads=4, vt_num_hidden_layers=2,
-                         vt_intermediate_size=192, text_hidden_size=MODEL["hidden_size"])  # fmt: skip
+    tower = VisionConfig(init_pos_emb_height=2 * rows, init_pos_emb_width=2 * columns, vt_hidden_size=96, vt_num_attention_heads=4,
+                         vt_num_hidden_layers=2, vt_intermediate_size=192, text_hidden_size=MODEL["hidden_size"])  # fmt: skip
     return decoder(seed, **MODEL | {"num_hidden_layers": layers}, vision=tower)
 
 
@@ -83,8 +83,7 @@ def _line(xs, tables):
 # ----------------------------------------------------------------------------------------------- pixels
 
 GRIDS = {2: (1, 2), 4: (2, 2), 9: (3, 3), 20: (4, 5)}  # letters on a page of one vision token: (rows, columns)
-TENFOLD, TWENTYFOLD = 9, 20
-NEAR = 0.03  # 97 %
+TENFOLD, TWENTYFOLD, NEAR = 9, 20, 0.03  # NEAR: what may be lost, 97 % being right
 
 
 @functools.lru_cache(maxsize=None)
@@ -131,17 +130,14 @@ def _writing(kind, ratio):
     return Source(f"{kind} {ratio}", "vision" if kind == "pictures" else "text", "", propose)
 
 
-def _blank(example):
-    return replace(example, media=(Image.new("RGB", (TILE, TILE), PAPER),))
-
-
 def write_out(folder, name, log, kind, seed, steps, rows, length, asked):
-    """Learn to write out all ratios, from pictures or from text. Returns which letters of held-out texts are right, by ratio."""
+    """Learn to write out texts of all ratios, from pictures or from text. Returns which letters of held-out texts are right, by ratio."""
     t, model, sources = SFTConfig(steps, rows, length, lr=1e-2, adamw_lr=1e-3), _model(seed, 1, 1), {ratio: _writing(kind, ratio) for ratio in GRIDS}
     pretrain(model, blend([(source, 1.0) for source in sources.values()], float(kind == "pictures"), t, seed), t, log)
     found = {"right": {ratio: _letters(model, source, asked) for ratio, source in sources.items()}}
     if kind == "pictures":
-        found["blank"] = {ratio: _letters(model, source, asked, _blank) for ratio, source in sources.items()}
+        blank = lambda example: replace(example, media=(Image.new("RGB", (TILE, TILE), PAPER),))  # noqa: E731
+        found["blank"] = {ratio: _letters(model, source, asked, blank) for ratio, source in sources.items()}
     return found
 
 
@@ -161,9 +157,8 @@ def pixels(scale):
              f"chance {1 / len(LETTERS):.3f}")  # fmt: skip
     pictures, ceiling = tables["pictures"], tables["text tokens"]
     by_ratio = ", ".join(f"{ratio}×: {bootstrap(table)}" for ratio, table in pictures.items())
-    gap = bootstrap(ceiling[TENFOLD] - pictures[TENFOLD])
-    fall = bootstrap(pictures[TENFOLD] - pictures[TWENTYFOLD])
-    blank = bootstrap(np.concatenate([table for table in tables["blank pictures"].values()], 1))
+    gap, fall = bootstrap(ceiling[TENFOLD] - pictures[TENFOLD]), bootstrap(pictures[TENFOLD] - pictures[TWENTYFOLD])
+    blank = bootstrap(np.concatenate(list(tables["blank pictures"].values()), 1))
     return [
         Claim("a tenth of the tokens will do", "DeepSeek-OCR", "text as a picture: below 10 text tokens per vision token, 97 % are decoded rightly", setup,
               f"{by_ratio}; copied at {TENFOLD}× {bootstrap(ceiling[TENFOLD])}, so {gap} are lost, of which {NEAR} would be alike; blank pictures {blank}",
@@ -203,18 +198,17 @@ class Tiles:
         return "".join(self.letters[tile] for tile in self.order or range(PLACES))
 
 
-def _numbered(rng):
-    """A page whose order decides the split: held-out pages are read in orders that were never seen."""
-    page = Tiles("".join(rng.choices(LETTERS, k=PLACES)), tuple(rng.sample(range(PLACES), PLACES)))
-    return Draft((("<image>", page.read()),), f"order {page.order}", (), (page,))
+def _pages(kind):
+    """The source of one kind of pages. What is held out is the order of reading, or of plain pages the letters."""
+
+    def propose(rng):
+        page = Tiles("".join(rng.choices(LETTERS, k=PLACES)), tuple(rng.sample(range(PLACES), PLACES)) if kind == "numbered" else ())
+        return Draft((("<image>", page.read()),), str(page.order or page.letters), (), (page,))
+
+    return Source(kind, "vision", "", propose)
 
 
-def _plain(rng):
-    page = Tiles("".join(rng.choices(LETTERS, k=PLACES)))
-    return Draft((("<image>", page.read()),), page.letters, (), (page,))
-
-
-PAGES = {"numbered": Source("numbered", "vision", "", _numbered), "plain": Source("plain", "vision", "", _plain)}
+PAGES = {kind: _pages(kind) for kind in ("numbered", "plain")}
 
 
 def order_mask(tokens, causal):
@@ -253,10 +247,9 @@ class CausalQueries(nn.Module):
 
 def read_pages(folder, name, log, arm, seed, steps, rows, length, asked):
     """Learn to read both kinds of pages in one arm. Returns which letters of held-out pages are right, by kind, after each part of training."""
-    t, model = SFTConfig(steps, rows, length, lr=1e-2, adamw_lr=1e-3), _model(seed, ROWS, COLUMNS, 1)
+    t, model, found = SFTConfig(steps, rows, length, lr=1e-2, adamw_lr=1e-3), _model(seed, ROWS, COLUMNS, 1), {kind: [] for kind in PAGES}
     if ORDERS[arm]:
         model.mm_projector = CausalQueries(model.mm_projector, model.config, PLACES, ORDERS[arm], arm == "causal")
-    found = {kind: [] for kind in PAGES}
 
     def watch(**row):
         log(**row)
@@ -302,19 +295,20 @@ KEYS, VALUES = 64, 8
 ASKED, ANSWERS = KEYS * VALUES, KEYS * (VALUES + 1)  # the first token of each kind; records are those before
 VOCABULARY = 1024  # the last 256 are special
 LENGTH = 2 * KEYS  # tokens of a document
-RATE = 2e-2  # of Muon; AdamW's is half of it
+RATE = 1e-2  # of Muon; AdamW's is half of it
 BLOCK, MOST = 8, 2  # tokens of a block, earlier blocks that a query sees
 SPARSE = ("full", "blocks", "window", "blocks from scratch")
 
 
-def _lookups(rng, split):
-    """Tokens and targets of a document, and where its records stand: a record of each key, one token each, in any order; then all keys in any
-    order, at each of which the value is to be said."""
+def _documents(seed, split):
+    """Endless documents, each its tokens and targets, and where its records stand: a record of each key, one token each, in any order; then
+    all keys in any order, at each of which the value is to be said."""
+    rng = random.Random(f"lookups {seed} {split}")
     while True:
         keys, values, places = rng.sample(range(KEYS), KEYS), rng.choices(range(VALUES), k=KEYS), rng.sample(range(KEYS), KEYS)
         ids = [key * VALUES + value for key, value in zip(keys, values)] + [ASKED + keys[place] for place in places]
         if split_of(str(ids)) == split:
-            return ids, [-100] * KEYS + [ANSWERS + values[place] for place in places], places
+            yield ids, [-100] * KEYS + [ANSWERS + values[place] for place in places], places
 
 
 def _lookup_batch(documents):
@@ -327,11 +321,11 @@ def _lookup_batch(documents):
 def chosen_blocks(query, key_means, block, most):
     """Which keys each query sees, (B,H,T,T) bool: its own block up to itself, and of the blocks before it the `most` with the largest q · mean key.
 
-    query: (B,H,T,J); key_means: (B,H,N,J), N = T / block. Source: MoBA (arXiv 2502.13189), equations 2 – 6."""
+    query: (B,H,T,J); key_means: (B,H,T/block,J). Source: MoBA, arXiv 2502.13189."""
     tokens, blocks = query.shape[2], key_means.shape[2]
     own = torch.arange(tokens) // block  # (T,)
-    earlier = torch.arange(blocks) < own[:, None]  # (T,N)
-    affinity = (query @ key_means.mT).masked_fill(~earlier, -torch.inf)  # (B,H,T,N)
+    earlier = torch.arange(blocks) < own[:, None]  # (T,blocks)
+    affinity = (query @ key_means.mT).masked_fill(~earlier, -torch.inf)  # (B,H,T,blocks)
     best = affinity.topk(min(most, blocks), dim=-1)
     chosen = torch.zeros_like(affinity, dtype=torch.bool).scatter(-1, best.indices, best.values > -torch.inf)
     chosen |= torch.arange(blocks) == own[:, None]
@@ -350,9 +344,9 @@ class BlockMLA(MLA):
         """Which keys each query of x (B,T,C) sees: (B,H,T,T) bool."""
         config = self.config
         q_nope, q_rope, latent, rope_key = self.project(x, table)
-        latent, rope_key = (part.unflatten(1, (-1, self.block)).mean(2) for part in (latent, rope_key))  # (B,N,R), (B,N,P): keys are linear in both
-        nope_key = self.kv_b_proj(latent).unflatten(2, (config.num_attention_heads, -1))[..., : config.qk_nope_head_dim]  # (B,N,H,N)
-        key = torch.cat((nope_key, rope_key[:, :, None].expand(*nope_key.shape[:3], -1)), -1)  # (B,N,H,J)
+        latent, rope_key = (part.unflatten(1, (-1, self.block)).mean(2) for part in (latent, rope_key))  # (B,blocks,R|P): keys are linear in both
+        nope_key = self.kv_b_proj(latent).unflatten(2, (config.num_attention_heads, -1))[..., : config.qk_nope_head_dim]  # (B,blocks,H,N)
+        key = torch.cat((nope_key, rope_key[:, :, None].expand(*nope_key.shape[:3], -1)), -1)  # (B,blocks,H,J)
         return chosen_blocks(torch.cat((q_nope, q_rope), -1).transpose(1, 2), key.transpose(1, 2), self.block, self.most)
 
     def forward(self, x, table, mask, cache=None, layer=0, asked=None):
@@ -369,8 +363,8 @@ class WindowMLA(MLA):
 
     def forward(self, x, table, mask, cache=None, layer=0, asked=None):
         """As MLA's."""
-        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril().triu(1 - self.window)
-        return super().forward(x, table, seen[None, None], cache, layer, asked)
+        seen = torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool).tril().triu(1 - self.window)
+        return super().forward(x, table, seen, cache, layer, asked)
 
 
 def cost_of_blocks(tokens, block, most):
@@ -384,30 +378,24 @@ def cost_of_window(tokens, window):
 
 
 def equal_window(tokens, block, most):
-    """The smallest window that costs no less than block attention."""
-    return next(window for window in range(1, tokens + 1) if cost_of_window(tokens, window) >= min(cost_of_blocks(tokens, block, most), cost_of_window(tokens, tokens)))
+    """The smallest window that costs no less than block attention, or all tokens."""
+    cost = cost_of_blocks(tokens, block, most)
+    return next((window for window in range(1, tokens) if cost_of_window(tokens, window) >= cost), tokens)
 
 
 def _attend(model, arm):
     """Give the decoder an arm's attention, its weights kept."""
-    for layer in model.language_model.model.layers:
-        full = layer.self_attn
-        if arm != "full":
-            layer.self_attn = WindowMLA(model.config, equal_window(LENGTH, BLOCK, MOST)) if arm == "window" else BlockMLA(model.config, BLOCK, MOST)
-            layer.self_attn.load_state_dict(full.state_dict())
+    for layer in model.language_model.model.layers if arm != "full" else ():
+        full, config = layer.self_attn, model.config
+        layer.self_attn = WindowMLA(config, equal_window(LENGTH, BLOCK, MOST)) if arm == "window" else BlockMLA(config, BLOCK, MOST)
+        layer.self_attn.load_state_dict(full.state_dict())
     return model
 
 
 def _reader(seed):
-    special = Tokenizer(VOCABULARY)
+    special, small = Tokenizer(VOCABULARY), {"num_hidden_layers": 2, "first_k_dense_replace": 2, "hidden_size": 64, "intermediate_size": 128}
     return decoder(seed, vocab_size=VOCABULARY, media_placeholder_token_id=special.media_pad, bos_token_id=special.bos, eos_token_id=special.eos,
-                   pad_token_id=special.pad, first_k_dense_replace=2, initializer_range=0.04, **MODEL | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128})  # fmt: skip
-
-
-def _documents(seed, split):
-    rng = random.Random(f"lookups {seed} {split}")
-    while True:
-        yield _lookups(rng, split)
+                   pad_token_id=special.pad, initializer_range=0.04, **MODEL | small)  # fmt: skip
 
 
 def _study(model, seed, stage, steps, rows, log):
@@ -440,14 +428,14 @@ def _distances(asked):
 
 def block_attention(scale):
     """Block attention beside full attention and a window of its cost, and block_attention.png. scale: lab.Scale. Returns list of Claim."""
-    rows, asked = scale.pick(8, 1), scale.pick(64, 2)
-    first, then = scale.pick(350, 1), scale.pick(200, 1)
+    rows, asked, first, then = scale.pick((8, 64, 300, 300), (1, 2, 1, 1))
     cells = {f"dense-{seed}": {"seed": seed, "steps": first, "rows": rows} for seed in scale.seeds}
     scale.run("block-attention", cells, dense, dict.fromkeys(cells, first))
     steps = dict.fromkeys(SPARSE, then) | {"blocks from scratch": first + then}
-    cells = {f"{arm.replace(' ', '-')}-{seed}": {"arm": arm, "seed": seed, "steps": steps[arm], "rows": rows, "asked": asked} for seed in scale.seeds for arm in SPARSE}
+    named, shared = {arm: arm.replace(" ", "-") for arm in SPARSE}, {"rows": rows, "asked": asked}
+    cells = {f"{named[arm]}-{seed}": {"arm": arm, "seed": seed, "steps": steps[arm]} | shared for seed in scale.seeds for arm in SPARSE}
     found = scale.run("block-attention", cells, look_up, {name: cell["steps"] for name, cell in cells.items()})
-    tables = {arm: _table([found[f"{arm.replace(' ', '-')}-{seed}"] for seed in scale.seeds]) for arm in SPARSE}
+    tables = {arm: _table([found[f"{named[arm]}-{seed}"] for seed in scale.seeds]) for arm in SPARSE}
     far, window = _distances(asked), equal_window(LENGTH, BLOCK, MOST)
     lines = {arm: _line(np.unique(far), [table[:, far == blocks] for blocks in np.unique(far)]) for arm, table in tables.items()}
     plot_arms({"lookups right, by how many blocks back the record stands": lines}, scale.folder / "block-attention" / "block_attention.png")

@@ -41,7 +41,8 @@ KNOWLEDGE = {"fact_statement": 2.0, "fact_question": 3.0, "sum": 3.0, "largest":
 GROUPS = tuple(string.ascii_uppercase[start : start + 4] for start in range(0, 24, 4))  # a needle is a letter, its key the group that it is of
 SHORTEST = 4 * len(GROUPS) + 2  # tokens: every group asked for, no words
 RATE, ADAMW_RATE = 1e-2, 6e-3  # peak learning rates
-MARGIN = 0.002  # nats per token that still count as alike
+GENTLE = 1 / 16  # of these rates, for the further steps of int4: at a quarter, two float runs that start a hair apart end as far apart as rounding costs
+MARGIN = 0.002  # nats per token that still count as alike: about half of what rounding costs
 FACTOR = 8  # of the extension
 TIMES = (1, 2, 4, 8, 16)  # the trained length, at which needles are sought and prose is read
 
@@ -141,7 +142,7 @@ def extended(folder, name, log, arm, seed, factor, times, steps, rows, length, a
 def quantised(folder, name, log, arm, seed, steps, rows, length, asked, batches):
     """One arm of `int4`: new weights trained in float ("base"), or that after more steps, in float or with experts that are rounded in each
     forward pass ("qat"). Each is measured as it is, and with its routed experts written as int4 and read again."""
-    sources, t = weighted(KNOWLEDGE), _settings(steps, rows, length, 1.0 if arm == "base" else 0.25)
+    sources, t = weighted(KNOWLEDGE), _settings(steps, rows, length, 1.0 if arm == "base" else GENTLE)
     model = decoder(seed, **EXPERTS) if arm == "base" else load(folder / "models" / f"base-{seed}", dtype=torch.float32, qat=arm == "qat")
     pretrain(model, blend(sources, 0.0, t, seed, stage="base" if arm == "base" else "more"), t, log)
     held_out = list(islice(blend(sources, 0.0, t, 0, "heldout"), batches))
@@ -236,7 +237,7 @@ def int4(scale):
     sizes = {"rows": scale.pick(16, 2), "length": 128, "asked": scale.pick(90, 3), "batches": scale.pick(16, 2)}
     found = {}
     for arm in QUANTISED:
-        steps = scale.pick(350 if arm == "base" else 100, 2)
+        steps = scale.pick(350 if arm == "base" else 150, 2)
         cells = {f"{arm}-{seed}": {"arm": arm, "seed": seed, "steps": steps} | sizes for seed in scale.seeds}
         found[arm] = list(scale.run("int4", cells, quantised, dict.fromkeys(cells, steps)).values())
     _plot_int4(found, scale.folder / "int4" / "int4.png")

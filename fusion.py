@@ -7,8 +7,9 @@
     mid       50 %                  20 : 80
     late      80 %                  50 : 50
 
-Every arm is a decoder from scratch with that tower and a new projector; all of it trains. Every arm takes as many steps, sees as many tokens
-of text and of vision, and follows one schedule of rates that does not begin again at the injection. Measured: six abilities on held-out
+Every arm is a decoder from scratch behind that tower and projector. Decoder and projector train; the tower does not, for next to a
+decoder that knows nothing yet Muon, whose steps are as large whatever the gradient, unlearns it. Every arm takes as many steps, sees as many tokens of
+text and of vision, and follows one schedule of rates that does not begin again at the injection. Measured: six abilities on held-out
 questions, paired across arms; and on the way, at the same steps in every arm, the loss on held-out text, closely after each injection.
 
 Rules, fixed beforehand. Rise: the highest of the points behind an injection less the last one before it. A dip is a rise beyond
@@ -31,7 +32,6 @@ from data import questions
 from evaluate import ABILITIES, answer
 from k25 import K25Config, load, save
 from lab import Claim, blend, decoder, judge, loss_on, pretrain
-from optim import MuonClip
 from rl_report import plot_arms, save_figure
 from sft import SFTConfig, train_on
 from sources import SOURCES, TEXT_WEIGHTS, VISION_WEIGHTS, weighted
@@ -50,7 +50,6 @@ TEACHER = {"num_hidden_layers": 2, "first_k_dense_replace": 2}  # the small dens
 SMALLEST = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 2, "n_routed_experts": 4}
 CAPTIONS = {"lr": 9.6e-3, "adamw_lr": 1e-3}  # of the tower, as in train_small.py's stage vit
 RATES = {"lr": 6e-3, "adamw_lr": 4e-3}  # of a language model from scratch, as there
-TOWER_SHARE = 0.25  # of the decoder's AdamW rate: the patch embedding wants a small one
 
 
 def _model(seed, shape):
@@ -104,10 +103,11 @@ def tower(folder, name, log, seed, text_steps, steps, rows, length, shape):
 
 
 def arm(folder, name, log, arm, seed, steps, rows, length, asked, held_out, shape):
-    """An arm from scratch with its seed's tower. Returns its curve, right answers, and the tokens that it saw."""
+    """A decoder from scratch behind its seed's tower and projector. Returns its curve, right answers, and the tokens that it saw."""
     t, model = SFTConfig(steps, rows, length, **RATES), _model(seed, shape)
-    seen = load(folder.parent / "stages" / "models" / f"caption-tower-{seed}", dtype=torch.float32)
-    model.vision_tower.load_state_dict(seen.vision_tower.state_dict())
+    seen = load(folder.parent / "stages" / "models" / f"caption-tower-{seed}", dtype=torch.float32).state_dict()
+    model.load_state_dict({name: value for name, value in seen.items() if name.startswith(("vision_tower.", "mm_projector."))}, strict=False)
+    model.vision_tower.requires_grad_(False)
     texts = list(islice(blend(weighted(TEXT_WEIGHTS), 0.0, t, 0, "heldout"), held_out))
     curve, counts, wanted, began = [], np.zeros(2, int), set(points(steps)), time.perf_counter()
 
@@ -116,22 +116,11 @@ def arm(folder, name, log, arm, seed, steps, rows, length, asked, held_out, shap
             counts[:] += tokens_of(batch)
             yield batch
 
-    for step, result in enumerate(train_on(model, counted(), t, _optimizer(model, t)), 1):
+    for step, result in enumerate(train_on(model, counted(), t), 1):
         log(step=step, **dataclasses.asdict(result), tokens_per_s=counts.sum() / (time.perf_counter() - began))
         if step in wanted:
             curve.append(loss_on(model, texts))
     return {"curve": curve, "text": int(counts[0]), "vision": int(counts[1])} | _answers(model, asked)
-
-
-def _optimizer(model, t):
-    """MuonClip as train_on makes it, with smaller AdamW rates for the tower."""
-    named = list(model.named_parameters())
-    inside = lambda name: name.startswith("vision_tower.")  # noqa: E731
-    make = lambda some, rate: MuonClip.from_named(some, t.lr, rate, weight_decay=t.weight_decay, ns_dtype=torch.bfloat16)  # noqa: E731
-    optimizer = make([pair for pair in named if not inside(pair[0])], t.adamw_lr)
-    for group in make([pair for pair in named if inside(pair[0])], TOWER_SHARE * t.adamw_lr).param_groups:
-        optimizer.add_param_group(group)
-    return optimizer
 
 
 def _answers(model, asked):
@@ -167,8 +156,8 @@ def fusion(scale):
     shared = {"rows": rows, "length": length, "shape": shape}
     towers = {f"caption-tower-{s}": {"seed": s, "text_steps": scale.pick(400, 2), "steps": scale.pick(500, 2)} | shared for s in scale.seeds}
     scale.run("stages", towers, tower, {name: cell["text_steps"] + cell["steps"] for name, cell in towers.items()})
-    steps = scale.pick(600, 10)
-    shared |= {"steps": steps, "asked": scale.pick(150, 4), "held_out": scale.pick(8, 1)}
+    steps = scale.pick(720, 10)
+    shared |= {"steps": steps, "asked": scale.pick(150, 4), "held_out": scale.pick(6, 1)}
     cells = {f"{name}-{s}": {"arm": name, "seed": s} | shared for s in scale.seeds for name in ARMS}
     found = scale.run("fusion", cells, arm, dict.fromkeys(cells, steps))
     by_arm = {name: [found[f"{name}-{s}"] for s in scale.seeds] for name in ARMS}
