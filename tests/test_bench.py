@@ -27,6 +27,8 @@ from peer import PeerError
 from roofline import (Work, absorbed_work, decode_work, decoder_work, experts_work, layer_work, linear_work, max_logits_work,
                       mla_work, newton_schulz_work, seen_pairs, vision_attention_work, vision_work)  # fmt: skip
 
+pytestmark = pytest.mark.xdist_group("bench")  # the bench is run once
+
 TINY = Workload(train=24, prefill=24, context=16, long_context=32, short_context=4, batch=3, steps=4, images=8, largest=2,
                 op_tokens=16, loop_tokens=8, gemm=32, copy=1024, repeats=1)  # fmt: skip
 TOY = K25Config.preset("toy")

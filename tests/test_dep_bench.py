@@ -29,6 +29,8 @@ from parallel import Layout, Place, Trainer, keep_units
 from schedule import schedule_tables
 from tokenizer import Tokenizer
 
+pytestmark = pytest.mark.xdist_group("dep_bench")  # the bench is run once
+
 TINY = Bench(ranks=1, pp=(1,), layers=2, rows=2, length=64, global_microbatches=2, spread=Spread(text_only=0.3, median=4, largest=12))
 
 

@@ -31,6 +31,8 @@ from k25 import K25, K25Config, generate, load, sizes
 from op import Op, Suspect
 from taps import capture, read_taps
 
+pytestmark = pytest.mark.xdist_group("goldens")  # the goldens are written once
+
 ROOT = pathlib.Path(goldens.__file__).parent
 NAMES = ("rms_norm", "swiglu", "softmax_scale", "timestamp", "load_counts")
 MODEL_FORMATS = ("fp32", "bf16", "int4")

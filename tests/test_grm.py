@@ -31,6 +31,8 @@ from rl import RLConfig, policy_step
 from rollout import RolloutManager, Sampling
 from tokenizer import Tokenizer
 
+pytestmark = pytest.mark.xdist_group("grm")  # the judge is trained once
+
 TOKENIZER, MEDIA = Tokenizer(), MediaConfig()
 COLOUR = Course(("colour",), rubrics=RUBRICS[:1], trusting=True)
 

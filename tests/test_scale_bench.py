@@ -19,6 +19,8 @@ from launcher import forkserver
 from parallel import Layout
 from scale_bench import MEASURES, SCALES, Case, Scale, fit, report, run, samples_of, sweeps
 
+pytestmark = pytest.mark.xdist_group("scale_bench")  # the bench is run once
+
 TINY = Scale(layers=2, ranks=(1, 2), experts=(4, 8), lengths=(16, 32), pictures=(0, 1, 2), microbatches=2, length=32, batch=64, repeats=2,
              steps=1)  # fmt: skip
 
