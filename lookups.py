@@ -23,8 +23,8 @@ pages. One name in three is held out: its letter and its number are both known f
 generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start, `handful` and
 `obedient` are practice, and the others are bounds.
 
-Public names: Question, QuestionError, KINDS, ALONE, STEPS, LOOSE, held_out, draw, pool, table, serial, careless, handful, obedient, planned, aimless, look_up, scripted,
-ScriptedSubagents, single_lookup, findings, vocabulary, merges.
+Public names: Question, QuestionError, KINDS, ALONE, STEPS, LOOSE, held_out, draw, pool, table, serial, careless, handful, obedient, planned,
+aimless, look_up, completed, scripted, ScriptedSubagents, single_lookup, findings, vocabulary, merges.
 Tests: pytest tests/test_lookups.py
 """
 
@@ -270,12 +270,12 @@ def _told(seen):
 
 
 def careless(question, rng):
-    """Bad delegation, as a cold start shows it: a piece of the work, the wrong thing, the same thing twice, the whole question, or
-    nobody there to do it. Then an answer from what is known, or the work itself."""
+    """Bad delegation, as a cold start shows it: a piece of the work, the same thing twice, the whole question, things at random of which
+    half are not asked for, or nobody there to do it. Then an answer from what is known, or the work itself."""
     wanted = "friend" if question.kind in HOPS else rng.choice(question.columns)
     asked, several = f"{rng.choice(question.rows)} {wanted}", rng.randint(2, 4)
-    wrong = [f"{rng.choice(question.rows)} {rng.choice([what for what in ATTRIBUTES if what not in question.columns])}" for _ in range(several)]
-    given = rng.choice(([asked], [asked] * several, [question.text], [wrong[0], asked], wrong))
+    scattered = [f"{rng.choice(question.rows)} {rng.choice((wanted, rng.choice(ATTRIBUTES)))}" for _ in range(several)]
+    given = rng.choice(([asked], [asked] * several, [question.text], *[scattered] * 3))
     seen = yield "", "", _given(given, create=rng.random() < 0.9)
     known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in HOPS}
     if STEP_LEFT in seen or rng.random() < 0.5:
@@ -357,6 +357,12 @@ def look_up(prompt):
     name, what = asked.groups()
     value, _ = yield from _read(name, what, {}, [])
     yield "", f"{name} {what} {value or 'unknown'}", []
+
+
+def completed(prompt, answer):
+    """Whether a subagent found what it was asked: `a27 colour` → `a27 colour red`."""
+    asked, _, value = answer.rpartition(" ")
+    return asked == prompt and value != "unknown"
 
 
 def scripted(tokenizer, writer):

@@ -279,7 +279,7 @@ class SwarmEnvironment:
         swarm = Swarm(question.text, policy, Corpus.of(question.pages), log, _limits(self.steps or question.steps), subpolicy=subpolicy,
                       slots=Slots(1 << 20, 0.5), delegation=self.frozen is not None, system=lookups.SYSTEM)  # fmt: skip
         outcome = await swarm.run()
-        stages = episode(log.events)
+        stages = episode(log.events, lookups.completed)
         width = max((len({normalised(subtask.prompt) for subtask in stage.subtasks}) for stage in stages), default=0)
         record = Record(
             question.key, question.kind, seed, question.score(outcome.answer) if outcome.status == "done" else 0.0, critical_steps(stages),

@@ -54,7 +54,7 @@ GOALS = (0.3, 0.4, 0.5, 0.6, 0.7)  # item-F1
 CONTEXTS = (256, 384, 512)  # tokens
 CAPACITY = 1024  # tokens of a conversation
 LONGEST = 320  # tokens of an answer
-PRACTICE = SFTConfig(rows=8, length=384, lr=6e-3, adamw_lr=4e-3)  # on look-ups and tables
+PRACTICE = SFTConfig(rows=8, length=384, lr=6e-3, adamw_lr=4e-3)  # on short texts
 EPISODES = SFTConfig(rows=6, length=768, lr=6e-3, adamw_lr=4e-3)  # on the cold start's; longer ones are left out
 SINGLE = 300  # held-out look-ups by which subagents are measured
 LOOKED = ("wide", "document", "download")  # kinds that can have more rows
@@ -74,7 +74,7 @@ class PARLConfig:
     small_steps: int = 900  # of SFT
     large_steps: int = 1200
     traces: int = 8000  # of the cold start
-    base_steps: int = 1200  # of each of its two stages
+    base_steps: int = 800  # of each of its stages, of the last one twice as many
     delegating: float = 0.08  # share of traces with careless delegation
     iterations: int = 30
     prompts: int = 12
@@ -142,15 +142,16 @@ def subagent_cell(folder, name, log, steps, look_ups):
 
 
 def base_cell(folder, name, log, steps, practice, traces, delegating):
-    """SFT on look-ups, orders of one subtask, tables and reading first, so that copying is learned on short texts; then on whole
-    episodes, and reading beside them."""
+    """SFT on look-ups, orders of one subtask and tables first, so that copying is learned on short texts; then on whole episodes; then,
+    for longest, on episodes and on the reading of what subagents say."""
     tokenizer = _tokenizer(folder)
-    model, reading = build("orchestrator", tokenizer, 0), reading_documents(traces, tokenizer, 0)
     short = [*lookup_documents(practice // 2, tokenizer, name), *order_documents(practice // 2, tokenizer, name), *table_documents(practice, tokenizer, name)]
-    episodes = cold_start(traces, tokenizer, 0, delegating)
-    for stage, t, documents in (("practice", dataclasses.replace(PRACTICE, floor=0.5), short), ("episodes", EPISODES, episodes)):
-        fitting = [document for document in [*documents, *reading] if len(document.ids) <= t.length]
-        _taught(model, fitting, dataclasses.replace(t, steps=steps), tokenizer, log, stage=stage)
+    episodes, model = cold_start(traces, tokenizer, 0, delegating), build("orchestrator", tokenizer, 0)
+    both = episodes + reading_documents(traces, tokenizer, 0)
+    stages = (("practice", dataclasses.replace(PRACTICE, floor=0.5), short, 1), ("episodes", EPISODES, episodes, 1), ("reading", EPISODES, both, 2))
+    for stage, t, documents, times in stages:
+        fitting = [document for document in documents if len(document.ids) <= t.length]
+        _taught(model, fitting, dataclasses.replace(t, steps=times * steps), tokenizer, log, stage=stage)
     save(model, folder / "models" / name)
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
@@ -360,7 +361,7 @@ def _work(folder, t):
     _tokenizer(folder)
     cells = {"base": {"steps": t.base_steps, "traces": t.traces, "practice": t.practice, "delegating": t.delegating}}
     cells |= {size: {"steps": getattr(t, f"{size}_steps"), "look_ups": t.look_ups} for size in ("small", "large")}
-    rows = {name: cell["steps"] * (2 if name == "base" else 1) for name, cell in cells.items()}
+    rows = {name: cell["steps"] * (4 if name == "base" else 1) for name, cell in cells.items()}
     models = run_cells(folder, cells, model_cell, rows, t.workers, "models")
     start = run_cells(folder, {"start": {"questions": t.questions}}, start_cell, {}, t.workers, "start")["start"]
     settings = {name: getattr(t, name) for name in ("questions", "iterations", "pool", "prompts", "responses", "lr", "adamw_lr")}

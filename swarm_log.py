@@ -171,14 +171,16 @@ def sendable(messages):
 # --------------------------------------------------------------------------------------- what it says
 
 
-def episode(events):
-    """The stages of a run for critical.py, unfinished ones included. Returns tuple of Stage."""
+def episode(events, completed=lambda prompt, text: True):
+    """The stages of a run for critical.py, unfinished ones included. completed: function of a subtask's prompt and the subagent's answer,
+    whether that is an answer to it. Returns tuple of Stage."""
     steps = Counter(event["agent"] for event in events if event["kind"] == "answer")
-    done = {event["task"] for event in events if event["kind"] == "result" and event["status"] == "done"}
+    done = {event["task"]: event["text"] for event in events if event["kind"] == "result" and event["status"] == "done"}
     stages = [[] for _ in range(steps["main"])]
     for event in events:
         if event["kind"] == "assign":
-            stages[event["step"]].append(Subtask(steps[event["task"]], event["prompt"], event["task"] in done))
+            task, prompt = event["task"], event["prompt"]
+            stages[event["step"]].append(Subtask(steps[task], prompt, task in done and completed(prompt, done[task])))
     return tuple(Stage(1, tuple(subtasks)) for subtasks in stages)
 
 

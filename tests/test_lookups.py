@@ -72,6 +72,12 @@ def test_careless_delegation_is_never_a_good_decomposition(tokenizer):
         assert len(useful) <= 2 < len(question.rows), given
 
 
+def test_a_subtask_is_completed_by_a_finding_of_what_was_asked():
+    assert lookups.completed("a27 colour", "a27 colour red")
+    assert not any(lookups.completed("a27 colour", answer) for answer in ("a27 colour unknown", "a27 pet cat", "b31 colour red", "red", ""))
+    assert not lookups.completed("table of colour for a27", "a27 colour red")
+
+
 def test_names_of_training_and_heldout_do_not_meet():
     seen = {split: {page.split("\n")[0].removeprefix("old ") for q in pool(120, 0, split=split) for page in q.pages.values()} for split in ("train", "heldout")}
     assert seen["train"] and seen["heldout"] and not seen["train"] & seen["heldout"]

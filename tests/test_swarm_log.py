@@ -3,6 +3,7 @@
 Run: .venv/bin/python -m pytest tests/test_swarm_log.py
 """
 
+import dataclasses
 import errno
 import os
 import random
@@ -65,17 +66,18 @@ def test_a_full_disk_leaves_no_part_of_an_event(tmp_path, monkeypatch):
 def test_the_episode_and_the_graph_of_a_log_agree_however_its_events_are_interleaved():
     rng = random.Random(0)
     for _ in range(50):
-        log, task, stages = Log(None), 0, []
+        log, task, stages, answers = Log(None), 0, [], {}
         for step in range(rng.randint(1, 4)):
             log.add("answer", agent="main", step=step, message={})
             queues, subtasks = [], []
             for place in range(rng.randint(0, 3)):
                 task += 1
-                count, status = rng.randint(0, 4), rng.choice(["done", "failed", "steps"])
+                count, status, text = rng.randint(0, 4), rng.choice(["done", "failed", "steps"]), rng.choice([f"p{task}", "unknown"])
                 log.add("assign", task=task, agent="reader", prompt=f"p{task}", step=step, place=place)
                 answered = [("answer", {"agent": task, "step": number, "message": {}}) for number in range(count)]
-                queues.append([*answered, ("result", {"task": task, "status": status, "steps": count, "text": ""})])
+                queues.append([*answered, ("result", {"task": task, "status": status, "steps": count, "text": text})])
                 subtasks.append(Subtask(count, f"p{task}", status == "done"))
+                answers[f"p{task}"] = text
             while queues:
                 queue = rng.choice(queues)
                 kind, fields = queue.pop(0)
@@ -83,6 +85,9 @@ def test_the_episode_and_the_graph_of_a_log_agree_however_its_events_are_interle
                 queues = [queue for queue in queues if queue]
             stages.append(Stage(1, tuple(subtasks)))
         assert episode(log.events) == tuple(stages)
+        for stage, told in zip(stages, episode(log.events, lambda prompt, text: text == prompt), strict=True):
+            for one, other in zip(stage.subtasks, told.subtasks, strict=True):
+                assert other == dataclasses.replace(one, finished=one.finished and answers[one.prompt] == one.prompt)
         assert len(longest_path(step_graph(log.events))) == critical_steps(stages)
 
 
