@@ -32,7 +32,7 @@ from moe import normal_init_
 from pictures import COLOURS, PAPER, font
 from rl_report import plot_arms
 from sft import SFTConfig
-from study import bootstrap
+from study import bootstrap, intervals
 from tokenizer import Tokenizer
 from vit3d import VisionConfig
 
@@ -72,12 +72,6 @@ def _letters(model, source, asked, change=lambda example: example):
 def _table(cells, *keys):
     """Seeds × items × letters (or lookups), of what cells found."""
     return np.array([functools.reduce(lambda found, key: found[key], keys, cell) for cell in cells], float)
-
-
-def _line(xs, tables):
-    """A curve with its intervals, for plot_arms. tables: one per point, seeds × items."""
-    found = [bootstrap(table) for table in tables]
-    return xs, [one.mean for one in found], [one.low for one in found], [one.high for one in found]
 
 
 # ----------------------------------------------------------------------------------------------- pixels
@@ -150,7 +144,7 @@ def pixels(scale):
     read = {kind: [found[f"{kind}-{seed}"] for seed in scale.seeds] for kind in steps}
     parts = {"text tokens": ("text", "right"), "pictures": ("pictures", "right"), "blank pictures": ("pictures", "blank")}
     tables = {name: {ratio: _table(read[kind], part, str(ratio)).mean(2) for ratio in GRIDS} for name, (kind, part) in parts.items()}
-    lines = {name: _line(list(GRIDS), table.values()) for name, table in tables.items()}
+    lines = {name: intervals(list(GRIDS), table.values()) for name, table in tables.items()}
     plot_arms({"letters right, against letters per vision token": lines}, scale.folder / "pixels" / "pixels.png")
     setup = (f"random strings of {len(LETTERS)} letters, {', '.join(map(str, GRIDS))} on a page of 28 × 28 pixels (one vision token), one model for all; share of "
              "letters of held-out strings that are right, those before them given; against the same decoder copying the string from text tokens; "
@@ -269,7 +263,7 @@ def reading_order(scale):
     read = {arm: [found[f"{arm.replace(' ', '-')}-{seed}"] for seed in scale.seeds] for arm in ORDERS}
     tables = {kind: {arm: [_table(cells, kind, part).mean(2) for part in range(PARTS)] for arm, cells in read.items()} for kind in PAGES}
     at = [shared["steps"] * (part + 1) // PARTS for part in range(PARTS)]
-    panels = {f"{kind} pages: letters right, over training": {arm: _line(at, table) for arm, table in tables[kind].items()} for kind in PAGES}
+    panels = {f"{kind} pages: letters right, over training": {arm: intervals(at, table) for arm, table in tables[kind].items()} for kind in PAGES}
     plot_arms(panels, scale.folder / "reading-order" / "reading_order.png")
     shares = {kind: ", ".join(f"{arm} {bootstrap(table[-1])}" for arm, table in tables[kind].items()) for kind in PAGES}
     less = lambda kind, other, part=-1: bootstrap(tables[kind]["causal"][part] - tables[kind][other][part])  # noqa: E731
@@ -437,7 +431,7 @@ def block_attention(scale):
     found = scale.run("block-attention", cells, look_up, {name: cell["steps"] for name, cell in cells.items()})
     tables = {arm: _table([found[f"{named[arm]}-{seed}"] for seed in scale.seeds]) for arm in SPARSE}
     far, window = _distances(asked), equal_window(LENGTH, BLOCK, MOST)
-    lines = {arm: _line(np.unique(far), [table[:, far == blocks] for blocks in np.unique(far)]) for arm, table in tables.items()}
+    lines = {arm: intervals(np.unique(far), [table[:, far == blocks] for blocks in np.unique(far)]) for arm, table in tables.items()}
     plot_arms({"lookups right, by how many blocks back the record stands": lines}, scale.folder / "block-attention" / "block_attention.png")
     tables = {arm: table.mean(2) for arm, table in tables.items()}
     costs = [cost / LENGTH for cost in (cost_of_window(LENGTH, LENGTH), cost_of_blocks(LENGTH, BLOCK, MOST), cost_of_window(LENGTH, window))]

@@ -29,7 +29,7 @@ from rl_report import save_figure
 from sft import SFTConfig
 from sources import SOURCES, propose_docstring, weighted
 from step import losses
-from study import bootstrap
+from study import bootstrap, intervals
 from tokenizer import Tokenizer
 
 MODEL = {
@@ -213,11 +213,11 @@ def _plot_yarn(arms, times, length, factor, path):
     bins = len(arms["plain"][0]["loss"][0])
     middles = (np.arange(bins) + 0.5) * length / 2
     for number, (arm, cells) in enumerate(arms.items()):
-        curves = ((left, [n * length for n in times], [bootstrap(_needles(cells, n)) for n in times]),
-                  (right, middles, [bootstrap(np.array([[document[i] for document in cell["loss"]] for cell in cells])) for i in range(bins)]))  # fmt: skip
-        for axis, places, found in curves:
-            axis.plot(places, [f.mean for f in found], color=f"C{number}", marker=".", label=arm)
-            axis.fill_between(places, [f.low for f in found], [f.high for f in found], color=f"C{number}", alpha=0.15, linewidth=0)
+        curves = ((left, intervals([n * length for n in times], [_needles(cells, n) for n in times])),
+                  (right, intervals(middles, [np.array([[document[i] for document in cell["loss"]] for cell in cells]) for i in range(bins)])))  # fmt: skip
+        for axis, (places, means, lows, highs) in curves:
+            axis.plot(places, means, color=f"C{number}", marker=".", label=arm)
+            axis.fill_between(places, lows, highs, color=f"C{number}", alpha=0.15, linewidth=0)
     left.axhline(0.25, color="black", linestyle=":", linewidth=1)
     left.set(title="needles found (dotted: chance)", xlabel="tokens", ylim=(0, 1.05), xscale="log", xticks=[n * length for n in times],
              xticklabels=[n * length for n in times])  # fmt: skip

@@ -35,7 +35,7 @@ from lab import Claim, blend, decoder, judge, loss_on, pretrain
 from rl_report import plot_arms, save_figure
 from sft import SFTConfig, train_on
 from sources import SOURCES, TEXT_WEIGHTS, VISION_WEIGHTS, weighted
-from study import bootstrap
+from study import bootstrap, intervals
 from tokenizer import Tokenizer
 
 ARMS = {"early": (0.0, 0.1), "mid": (0.5, 0.2), "late": (0.8, 0.5)}  # (share of training before vision, share of vision tokens from then on)
@@ -241,11 +241,6 @@ def _plot_text_skill(by_arm, steps, path):
     for name, share in (("mid", "50 %"), ("late", "80 %")):
         start = phases(name, steps)[0][1]
         parts[f"around {share}, where vision comes into {name}"] = (at >= start) & (at <= start + AFTER[-1])
-    panels = {title: {name: _band([cell["curve"] for cell in cells], at, kept) for name, cells in by_arm.items()} for title, kept in parts.items()}
+    panels = {title: {name: intervals(at[kept], np.array([cell["curve"] for cell in cells])[:, kept].T) for name, cells in by_arm.items()}
+              for title, kept in parts.items()}  # fmt: skip
     plot_arms(panels, path)
-
-
-def _band(curves, at, kept):
-    """(steps, means, lows, highs) over seeds."""
-    found = [bootstrap(column[:, None]) for column in np.array(curves)[:, kept].T]
-    return at[kept], [one.mean for one in found], [one.low for one in found], [one.high for one in found]

@@ -40,7 +40,7 @@ from rl import Learner, RLConfig, RLError
 from rl_report import plot_arms
 from rollout import derive
 from sft import SFTConfig, SFTError, finetune
-from study import StudyError, bootstrap, read_rows, run_cells, run_study
+from study import StudyError, bootstrap, intervals, read_rows, run_cells, run_study
 from swarm_trace import trace
 
 ARMS = {
@@ -74,7 +74,7 @@ class PARLConfig:
     small_steps: int = 900  # of SFT
     large_steps: int = 1200
     traces: int = 8000  # of the cold start
-    base_steps: int = 800  # of each of its stages, of the last one twice as many
+    base_steps: int = 600  # of each of its stages, of the last one twice as many
     delegating: float = 0.08  # share of traces with careless delegation
     iterations: int = 30
     prompts: int = 12
@@ -306,12 +306,12 @@ def _times(folder, arms, seeds, summary):
     """Figure 8: critical steps and virtual seconds to reach an item-F1."""
     curves, lines, found = {}, [], {}
     for name in ("parl", "single"):
-        scores = np.array([[np.mean(arms[f"{name}-{s}"]["budgets"][str(b)]["performance"]) for b in BUDGETS] for s in seeds])  # (S,B)
+        tables = np.array([[arms[f"{name}-{s}"]["budgets"][str(b)]["performance"] for s in seeds] for b in BUDGETS], float)  # (B,S,I)
+        scores = tables.mean(2).T  # (S,B)
         clock = np.array([[np.mean(arms[f"{name}-{s}"]["budgets"][str(b)]["time"]) for b in BUDGETS] for s in seeds])
         found[name] = {what: np.array([[_reached(goal, xs, ys) for goal in GOALS] for xs, ys in zip(axis, scores)])
                        for what, axis in (("steps", np.tile(BUDGETS, (len(scores), 1))), ("seconds", clock))}  # fmt: skip
-        spread = 1.96 * scores.std(0, ddof=1 if len(scores) > 1 else 0) / len(scores) ** 0.5
-        curves[name] = BUDGETS, scores.mean(0), scores.mean(0) - spread, scores.mean(0) + spread
+        curves[name] = intervals(BUDGETS, tables)
     summary["times"] = {name: {what: _nan_free(values.mean(0)) for what, values in parts.items()} for name, parts in found.items()}
     for place, goal in enumerate(GOALS):
         cells = [f"{found[name][what][:, place].mean():.1f}" for what in ("steps", "seconds") for name in ("single", "parl")]
@@ -349,8 +349,7 @@ def _contexts(arms, seeds, summary):
 def _curves(folder, t, names):
     def band(name, key):
         curves = np.array([[row[key] for row in read_rows(folder, f"{name}-{s}")] for s in t.seeds_of(name)], float)  # (S,iterations)
-        mean, spread = curves.mean(0), 1.96 * curves.std(0, ddof=1 if len(curves) > 1 else 0) / len(curves) ** 0.5
-        return range(len(mean)), mean, mean - spread, mean + spread
+        return intervals(range(curves.shape[1]), curves.T)
 
     panels = {"item-F1, training questions": "performance", "subtasks given away": "given", "r_finish": "finished",
               "critical steps": "critical", "total steps": "total"}  # fmt: skip

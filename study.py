@@ -10,7 +10,7 @@ that was begun with other arguments is refused. `log` writes a row of metrics pe
 
 Intervals are bootstraps over seeds and items at once: both are drawn again, and all seeds answer the same items.
 
-Public names: StudyError, Log, read_rows, run_cells, spent, bootstrap, calibration_error, Estimate, run_study.
+Public names: StudyError, Log, read_rows, run_cells, spent, bootstrap, intervals, calibration_error, Estimate, run_study.
 Tests: pytest tests/test_study.py
 """
 
@@ -181,6 +181,14 @@ def bootstrap(table, draws=4000, seed=0):
     means = np.einsum("ds,si,di->d", by_seed, table, by_item, optimize=True)
     low, high = np.percentile(means, (2.5, 97.5))
     return Estimate(float(table.mean()), float(low), float(high))
+
+
+def intervals(xs, tables):
+    """A curve with its intervals, as rl_report.plot_arms takes it: (xs, means, lows, highs).
+
+    tables: for each x one table for `bootstrap`, or one number per seed."""
+    found = [bootstrap(table if np.ndim(table) == 2 else np.reshape(table, (-1, 1))) for table in tables]
+    return xs, *np.array([(one.mean, one.low, one.high) for one in found]).reshape(-1, 3).T
 
 
 def calibration_error(confidence, correct, bins=10):

@@ -37,7 +37,7 @@ from rl_job import draw_pool, measure
 from rl_report import plot_arms
 from rollout import Sampling, derive
 from sft import SFTConfig, SFTError, finetune
-from study import StudyError, bootstrap, read_rows, run_cells, run_study
+from study import StudyError, bootstrap, intervals, read_rows, run_cells, run_study
 from tokenizer import Tokenizer
 
 ARMS = ("plain", "toggle", "rigid", "penalty")
@@ -242,8 +242,7 @@ def _ratio(tokens, others):
 def _plots(folder, t, seeds, arms, bases):
     def band(name, key):
         curves = np.array([[row[key] for row in read_rows(folder, f"{name}-{s}")] for s in seeds], float)  # (S,iterations)
-        mean, spread = curves.mean(0), curves.std(0, ddof=1 if len(curves) > 1 else 0) / math.sqrt(len(curves))
-        return range(len(mean)), mean, mean - 1.96 * spread, mean + 1.96 * spread
+        return intervals(range(curves.shape[1]), curves.T)
 
     panels = {title: {name: band(name, key) for name in ARMS} for title, key in
               (("share right, training prompts", "passed"), ("generated tokens per response", "length"), ("entropy, nats per token", "entropy"))}  # fmt: skip
@@ -251,8 +250,7 @@ def _plots(folder, t, seeds, arms, bases):
     lines = {}
     for name in ("base", *ARMS):
         cell = lambda s: bases[f"base-{s}"] if name == "base" else arms[f"{name}-{s}"]  # noqa: B023, E731
-        found = [bootstrap(np.array([cell(s)["capped"][str(times)] for s in seeds], float)) for times in CAPS]
-        lines[name] = CAPS, [f.mean for f in found], [f.low for f in found], [f.high for f in found]
+        lines[name] = intervals(CAPS, [np.array([cell(s)["capped"][str(times)] for s in seeds], float) for times in CAPS])
     plot_arms({f"level {HARDER}: accuracy against the cap, times the budget": lines}, folder / "caps.png")
 
 

@@ -30,7 +30,7 @@ from optim import MuonClip
 from rl_report import plot_arms, save_figure
 from sft import SFTConfig, train_on
 from sources import TEXT_WEIGHTS, weighted
-from study import bootstrap, read_rows
+from study import bootstrap, intervals, read_rows
 
 SHAPE = {
     "hidden_size": 64, "num_hidden_layers": 2, "first_k_dense_replace": 0, "moe_intermediate_size": 48, "n_routed_experts": 8, "q_lora_rank": 32,
@@ -350,18 +350,12 @@ def sparsity(scale):
 # ----------------------------------------------------------------------------------------------- plots
 
 
-def _band(table):
-    """(means, lows, highs) of the columns of a table (S,P), over seeds."""
-    found = [bootstrap(column[:, None]) for column in np.asarray(table).T]
-    return [one.mean for one in found], [one.low for one in found], [one.high for one in found]
-
-
 def _loss_curves(cells, found):
     """{arm: (tokens, means, lows, highs)} of the held-out loss, for plot_arms."""
     points = {arm: np.array([np.mean(run["curve"], axis=1) for run in runs]) for arm, runs in found.items()}  # (S,P)
     steps = {arm: len(read_rows(cells.folder, f"{arm}-{cells.seeds[0]}")) for arm in found}
     at = {arm: cells.tokens(steps[arm]) * np.arange(1, table.shape[1] + 1) / table.shape[1] for arm, table in points.items()}
-    return {arm: (at[arm], *_band(points[arm])) for arm in found}
+    return {arm: intervals(at[arm], points[arm].T) for arm in found}
 
 
 def _plot_muonclip(cells, found, taus):
@@ -396,7 +390,7 @@ def _plot_balance(cells, found, window=10):
         table = cells.logged(arm, "load_layers").mean(2)  # (S,steps)
         width = min(window, table.shape[1])
         whole = table[:, : table.shape[1] // width * width].reshape(len(table), -1, width).mean(2)
-        loads[arm] = (width * np.arange(1, whole.shape[1] + 1), *_band(whole))
+        loads[arm] = intervals(width * np.arange(1, whole.shape[1] + 1), whole.T)
     plot_arms({"CV of the expert load, over steps": loads, "held-out loss, nats per token, over tokens": _loss_curves(cells, found)},
               cells.folder / "balance.png")  # fmt: skip
 

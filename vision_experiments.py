@@ -39,7 +39,7 @@ from rl_report import plot_arms, plot_trajectories
 from rollout import Sampling, derive
 from sft import SFTConfig, SFTError, finetune
 from sources import SOURCES
-from study import StudyError, bootstrap, calibration_error, read_rows, run_cells, run_study
+from study import StudyError, bootstrap, calibration_error, intervals, read_rows, run_cells, run_study
 from tokenizer import Tokenizer
 
 LOOKED = ("colour", "count", "measure", "chart")  # kinds of task: those whose programs the toy learns to write in minutes
@@ -290,11 +290,10 @@ def transfer_report(folder, t, cells):
 
 
 def _curve(found):
-    """Mean reward of the iterations that all seeds have, with the normal interval of their mean."""
+    """Mean reward of the iterations that all seeds have, with its interval."""
     length = min(len(rows) for rows in found)
     table = np.array([[row["reward"] for row in rows[:length]] for rows in found])
-    mean, spread = table.mean(0), table.std(0, ddof=min(len(table) - 1, 1)) / len(table) ** 0.5
-    return range(length), mean, mean - 1.96 * spread, mean + 1.96 * spread
+    return intervals(range(length), table.T)
 
 
 # ---------------------------------------------------------------------------------------- command line

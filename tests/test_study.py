@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from study import Estimate, StudyError, bootstrap, calibration_error, read_rows, run_cells, spent
+from study import Estimate, StudyError, bootstrap, calibration_error, intervals, read_rows, run_cells, spent
 
 
 def double(folder, name, log, value):
@@ -111,6 +111,15 @@ def test_estimates_read_as_they_are():
     assert not Estimate(0.1, -0.1, 0.3).differs
     with pytest.raises(StudyError, match="seeds × items"):
         bootstrap(np.ones(3))
+
+
+def test_a_curve_has_the_interval_of_each_of_its_tables():
+    tables = np.random.default_rng(0).normal(size=(3, 5, 7))  # points, seeds, items
+    xs, *parts = intervals((1, 2, 4), tables)
+    found = [bootstrap(table) for table in tables]
+    assert xs == (1, 2, 4) and np.array_equal(np.transpose(parts), [(one.mean, one.low, one.high) for one in found])
+    _, means, lows, highs = intervals(range(3), tables[:, :, 0])  # a number per seed
+    assert np.allclose(means, tables[:, :, 0].mean(1)) and (lows < means).all() and (means < highs).all()
 
 
 def test_calibration_error_by_hand():
