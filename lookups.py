@@ -270,11 +270,12 @@ def _told(seen):
 
 
 def careless(question, rng):
-    """Bad delegation, as a cold start shows it: a piece of the work, the same thing twice, the whole question, things at random of which
-    half are not asked for, or nobody there to do it. Then an answer from what is known, or the work itself."""
+    """Bad delegation, as a cold start shows it: a piece of the work, the same thing twice, the whole question, things about half of the
+    rows at random, repeated or not asked for, or nobody there to do it. Then an answer from what is known, or the work itself."""
     wanted = "friend" if question.kind in HOPS else rng.choice(question.columns)
     asked, several = f"{rng.choice(question.rows)} {wanted}", rng.randint(2, 4)
-    scattered = [f"{rng.choice(question.rows)} {rng.choice((wanted, rng.choice(ATTRIBUTES)))}" for _ in range(several)]
+    some = rng.sample(question.rows, max(1, len(question.rows) // 2))
+    scattered = [f"{rng.choice(some)} {rng.choice((wanted, wanted, wanted, rng.choice(ATTRIBUTES)))}" for _ in range(several)]
     given = rng.choice(([asked], [asked] * several, [question.text], *[scattered] * 3))
     seen = yield "", "", _given(given, create=rng.random() < 0.9)
     known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in HOPS}

@@ -63,13 +63,13 @@ def test_serial_questions_leave_no_time_to_give_work_away(tokenizer):
 
 
 def test_careless_delegation_is_never_a_good_decomposition(tokenizer):
-    """No cold start shows all rows given away side by side."""
+    """No cold start shows more than half of the rows given away side by side."""
     for seed in range(40):
         question = draw(random.Random(seed), random.Random(seed).choice(("wide", "deep", "document", "download")))
         *_, log = play(question, lookups.careless(question, random.Random(seed)), tokenizer, question.steps)
         given = {event["prompt"] for event in log.events if event["kind"] == "assign"}
         useful = {f"{row} {column}" for row in question.rows for column in question.columns} & given
-        assert len(useful) <= 2 < len(question.rows), given
+        assert len(useful) <= len(question.rows) / 2, given
 
 
 def test_a_subtask_is_completed_by_a_finding_of_what_was_asked():
