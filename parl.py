@@ -180,7 +180,7 @@ def reading_documents(number, tokenizer, seed):
 
 
 class Frozen:
-    """A checkpoint that answers as subagents and is never trained: its own engine, its own weights, no gradient.
+    """A checkpoint that answers as subagents, greedily, and is never trained: its own engine, its own weights, no gradient.
 
     model: K25; tokenizer; capacity: tokens of a subagent's conversation. `check` raises PARLError when a parameter has changed or has
     a gradient.
@@ -188,7 +188,7 @@ class Frozen:
 
     def __init__(self, model, tokenizer, capacity=320):
         self.model = model.requires_grad_(False)
-        self.manager = RolloutManager(Engine(model, 128, capacity), None, tokenizer, Sampling(40))
+        self.manager = RolloutManager(Engine(model, 128, capacity), None, tokenizer, Sampling(40, temperature=0.0))
         self.digest = self._digest()
 
     def _digest(self):
