@@ -33,7 +33,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from critical import Stage, Subtask
+from critical import Stage, Subtask, normalised
 from template import Message, ToolCall
 
 
@@ -172,8 +172,9 @@ def sendable(messages):
 
 
 def episode(events, completed=lambda prompt, text: True):
-    """The stages of a run for critical.py, unfinished ones included. completed: function of a subtask's prompt and the subagent's answer,
-    whether that is an answer to it. Returns tuple of Stage."""
+    """The stages of a run for critical.py, unfinished ones included. A call that was refused because it repeats a task is a subtask of no
+    steps that did not finish: nobody gains by asking twice. completed: function of a subtask's prompt and the subagent's answer, whether
+    that is an answer to it. Returns tuple of Stage."""
     steps = Counter(event["agent"] for event in events if event["kind"] == "answer")
     done = {event["task"]: event["text"] for event in events if event["kind"] == "result" and event["status"] == "done"}
     stages = [[] for _ in range(steps["main"])]
@@ -181,15 +182,29 @@ def episode(events, completed=lambda prompt, text: True):
         if event["kind"] == "assign":
             task, prompt = event["task"], event["prompt"]
             stages[event["step"]].append(Subtask(steps[task], prompt, task in done and completed(prompt, done[task])))
+    given = {normalised(subtask.prompt) for stage in stages for subtask in stage}
+    for step, prompt in _refused(events):
+        if normalised(prompt) in given:
+            stages[step].append(Subtask(0, prompt, False))
     return tuple(Stage(1, tuple(subtasks)) for subtasks in stages)
+
+
+def _refused(events):
+    """(step, prompt) of every assign_task call of main that was not run, in order."""
+    calls = {}
+    for event in events:
+        if event["kind"] == "answer" and event["agent"] == "main":
+            calls |= {(event["step"], place): call["function"] for place, call in enumerate(event["message"].get("tool_calls", ()))}
+        elif event["kind"] == "call" and event["agent"] == "main" and not event["ran"]:
+            function = calls.get((event["step"], event["place"]), {})
+            if function.get("name") == "assign_task":
+                told, _ = read_calls([{"function": function}], 0)
+                yield event["step"], str(told[0].arguments.get("prompt", "")) if told else ""
 
 
 def refused(events):
     """How many assign_task calls were refused, repetitions above all: to be watched beside r_finish (bug 64)."""
-    assigns = {(event["step"], place) for event in events if event["kind"] == "answer" and event["agent"] == "main"
-               for place, call in enumerate(event["message"].get("tool_calls", ())) if call["function"]["name"] == "assign_task"}  # fmt: skip
-    return sum(event["kind"] == "call" and event["agent"] == "main" and not event["ran"] and (event["step"], event["place"]) in assigns
-               for event in events)  # fmt: skip
+    return len(list(_refused(events)))
 
 
 def step_graph(events):

@@ -24,7 +24,7 @@ from test_rl import CONFIG
 
 import swarm as command
 from corpus import Corpus
-from critical import critical_steps, finish_reward, item_f1, longest_path, total_steps
+from critical import critical_steps, finish_reward, item_f1, longest_path, parallel_reward, total_steps
 from engine import Completion, Engine
 from gateway import Gateway
 from interpreter import InterpreterPool
@@ -331,7 +331,8 @@ def test_a_subtask_given_twice_is_refused_with_the_reason_bug_64(notes):
     assert "Refused: r was given this very task, number 1, and has finished; its result stands above" in told
     assert "Error: no agent 'x': create it first" in told and "Error: the prompt is empty" in told
     assert any("'r' was created with another prompt" in text for text in told)
-    assert refused(log.events) == 4
+    assert refused(log.events) == 4 and finish_reward(episode(log.events)) == 1 / 3  # both repetitions count, as unfinished
+    assert critical_steps(episode(log.events)) == 6 and parallel_reward(episode(log.events), 4) == 1 / 4
     assert server.asked["ash"] == 3 and len(swarm.assigned) == 1 and outcome.status == "done"
 
 

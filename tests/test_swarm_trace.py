@@ -108,7 +108,7 @@ def test_the_figures_are_those_of_the_log(run):
     assert (told["status"], told["answer"]) == ("done", "The fir tower, 63 metres.")
     figures = told["figures"]
     assert (int(figures["critical steps"]), int(figures["total steps"])) == (critical_steps(stages), total_steps(stages)) == (13, 32)
-    assert [figures[key] for key in ("subtasks", "refused", "r_parallel", "r_finish", "redundancy")] == ["9", "1", "1", "0.889", "0"]
+    assert [figures[key] for key in ("subtasks", "refused", "r_parallel", "r_finish", "redundancy")] == ["9", "1", "1", "0.8", "0.1"]
     assert (figures["item-F1"], figures["reward"], told["models"]) == ("0.75", "not known", ["a script"])
     assert int(figures["tool calls"]) == sum(event["ran"] for event in events if event["kind"] == "call")
 
