@@ -24,7 +24,7 @@ generator of what traces.Scribe writes, and `scripted` makes it a policy. The fi
 `obedient` are practice, and the others are bounds.
 
 Public names: Question, QuestionError, KINDS, ALONE, STEPS, LOOSE, held_out, draw, pool, table, serial, careless, handful, obedient, planned,
-aimless, look_up, completed, scripted, ScriptedSubagents, single_lookup, findings, vocabulary, merges.
+aimless, look_up, completed, scripted, ScriptedSubagents, dictated, single_lookup, findings, vocabulary, merges.
 Tests: pytest tests/test_lookups.py
 """
 
@@ -270,13 +270,12 @@ def _told(seen):
 
 
 def careless(question, rng):
-    """Bad delegation, as a cold start shows it: a piece of the work, the same thing twice, the whole question, things about half of the
-    rows at random, repeated or not asked for, or nobody there to do it. Then an answer from what is known, or the work itself."""
+    """Bad delegation, as a cold start shows it: a piece of the work, the same thing twice, the whole question, half of the rows at most
+    and some of them for what is not asked, or nobody there to do it. Then an answer from what is known, or the work itself."""
     wanted = "friend" if question.kind in HOPS else rng.choice(question.columns)
-    asked, several = f"{rng.choice(question.rows)} {wanted}", rng.randint(2, 4)
-    some = rng.sample(question.rows, max(1, len(question.rows) // 2))
-    scattered = [f"{rng.choice(some)} {rng.choice((wanted, wanted, wanted, rng.choice(ATTRIBUTES)))}" for _ in range(several)]
-    given = rng.choice(([asked], [asked] * several, [question.text], *[scattered] * 3))
+    asked, some = f"{rng.choice(question.rows)} {wanted}", rng.sample(question.rows, max(1, len(question.rows) // 2))
+    scattered = [f"{row} {rng.choice((wanted, wanted, wanted, rng.choice(ATTRIBUTES)))}" for row in some]
+    given = rng.choice(([asked], [asked] * rng.randint(2, 4), [question.text], *[scattered] * 3))
     seen = yield "", "", _given(given, create=rng.random() < 0.9)
     known = {key: value for key, value in _told(seen).items() if key[1] in question.columns and question.kind not in HOPS}
     if STEP_LEFT in seen or rng.random() < 0.5:
@@ -304,12 +303,11 @@ def handful(question, rng):
         yield from serial(question, rng, known)
 
 
-def obedient(prompt):
-    """One subtask, given away as told, and its result as a table: how the tools are used, not when."""
-    seen = yield "", "", _given([prompt])
-    name, what = prompt.split()
-    value = _told(seen).get((name, what))
-    yield "", "\n".join([f"| name | {what} |", "| - | - |", *([f"| {name} | {value} |"] if value else [])]), []
+def obedient(prompts):
+    """Subtasks given away as told, and their results as a list: how the tools are used, not when."""
+    seen = yield "", "", _given(prompts)
+    told = _told(seen)
+    yield "", "\n".join(f"{prompt} {told.get(tuple(prompt.split()), 'unknown')}" for prompt in prompts), []
 
 
 def planned(question, rng=None):
@@ -384,15 +382,26 @@ class ScriptedSubagents:
         return await self._each[agent].answer(messages, tools, agent)
 
 
-def single_lookup(rng, split="train"):
-    """One look-up to train a subagent on: (prompt, pages). Some ask for what is not there."""
+def dictated(rng, number, split="train"):
+    """So many different look-ups on the pages of one question: (prompts, pages). Some ask for what is not there."""
     question = draw(rng, rng.choice(("wide", "deep", "document", "download")), rng.randint(1, 8), split)
-    name, what = rng.choice(question.rows), rng.choice(question.columns)
-    if question.kind in ("wide", "deep"):
-        what = rng.choice((*question.columns, "friend", rng.choice(ATTRIBUTES)))
-        name = rng.choice([page.split("\n")[0] for page in question.pages.values() if not page.startswith("old")]) if rng.random() < 0.9 else name
-        name = _names(rng, 0, 1, split)[1][0] if rng.random() < 0.05 else name
-    return f"{name} {what}", question.pages
+    people, prompts = [page.split("\n")[0] for page in question.pages.values() if not page.startswith("old")], {}
+    while len(prompts) < number:
+        name, what = rng.choice(question.rows), rng.choice(question.columns)
+        if question.kind in ("wide", "deep"):
+            what = rng.choice((*question.columns, "friend", rng.choice(ATTRIBUTES)))
+            name = rng.choice(people) if rng.random() < 0.9 else name
+            name = _names(rng, 0, 1, split)[1][0] if rng.random() < 0.05 else name
+        elif len(prompts) >= len(question.rows):
+            what = rng.choice(ATTRIBUTES)
+        prompts[f"{name} {what}"] = None
+    return list(prompts), question.pages
+
+
+def single_lookup(rng, split="train"):
+    """One look-up to train a subagent on: (prompt, pages)."""
+    (prompt,), pages = dictated(rng, 1, split)
+    return prompt, pages
 
 
 def findings(question):

@@ -122,13 +122,13 @@ def table_documents(number, tokenizer, seed):
 
 
 def order_documents(number, tokenizer, seed):
-    """Conversations in which the user says what one subagent shall look up: practice in the use of the tools. The orchestrator is never
-    told so again."""
+    """Conversations in which the user says what subagents shall look up, one to four things: practice in the use of the tools. The
+    orchestrator is never told so again."""
 
     async def one(rng):
-        prompt, pages = lookups.single_lookup(rng)
-        policy = lookups.scripted(tokenizer, lookups.obedient(prompt))
-        await Swarm(f"{lookups.WORKER} {prompt}", policy, Corpus.of(pages), Log(None), _limits(2 * SUB_STEPS),
+        prompts, pages = lookups.dictated(rng, rng.randint(1, 4))
+        policy = lookups.scripted(tokenizer, lookups.obedient(prompts))
+        await Swarm("\n".join(f"{lookups.WORKER} {prompt}" for prompt in prompts), policy, Corpus.of(pages), Log(None), _limits(2 * SUB_STEPS),
                     subpolicy=lookups.ScriptedSubagents(tokenizer), system=lookups.SYSTEM).run()  # fmt: skip
         return encoded(policy.talk(), "order")
 

@@ -6,6 +6,7 @@ Run: .venv/bin/python -m pytest tests/test_parl.py
 import asyncio
 import dataclasses
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -113,16 +114,17 @@ def test_subagents_are_taught_to_answer_when_one_step_is_left(tokenizer):
     assert 5 < asked < 40
 
 
-def test_an_order_is_of_one_subtask_and_its_result_becomes_the_table(tokenizer):
+def test_an_order_gives_away_what_the_user_dictates_and_says_what_came_back(tokenizer):
     """Practice in the use of the tools shows no decomposition."""
     for document in parl.order_documents(12, tokenizer, 0):
         told = tokenizer.decode(document.ids)
         said = tokenizer.decode([i for i, own in zip(document.ids, document.loss) if own])
-        prompt = told.partition(f"{lookups.WORKER} ")[2].partition("<|im_end|>")[0]
-        name, what = prompt.split()
-        assert said.count("assign_task:") == 1 and f'"prompt":"{prompt}"' in said
-        value = told.partition("functions.assign_task:1\n")[2].partition("<|im_end|>")[0].split()[-1]
-        assert (f"| {name} | {value} |" in said) == (value != "unknown") and f"| name | {what} |" in said
+        dictated = told.partition("<|im_user|>")[2].partition("<|im_end|>")[0]
+        prompts = re.findall(rf"{lookups.WORKER} (.*)", dictated)
+        assert 1 <= len(prompts) <= 4 and re.findall(r'"prompt":"(.*?)"', said) == prompts
+        for place, prompt in enumerate(prompts, 1):
+            result = told.partition(f"functions.assign_task:{place}\n")[2].partition("<|im_end|>")[0]
+            assert result.startswith(prompt) and result in re.split(r"\n|<\|im_end\|>|</think>", said)
 
 
 def test_practice_in_reading_has_no_loss_on_giving_away_and_says_what_came_back(tokenizer):
