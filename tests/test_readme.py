@@ -115,3 +115,17 @@ def test_a_figure_has_an_origin(fact, figure, command):
     elif not any(word in command for word in UNREPORTED):
         tests = re.findall(r"tests/\w+\.py", command)
         assert tests and all((ROOT / test).exists() for test in tests), "neither a report nor tests"
+
+
+def verdicts():
+    """(claim, here, verdict) of the table of claims."""
+    lines = TEXT.partition("## What is said of Kimi K2.5")[2].partition("\n## ")[0].splitlines()
+    return [tuple(line.strip("| ").split(" | ")) for line in lines if line.startswith("| ") and not line.startswith("| claim")]
+
+
+@pytest.mark.parametrize("claim,here,verdict", verdicts(), ids=[claim[:40] for claim, *_ in verdicts()])
+def test_a_claim_has_the_verdict_and_the_figures_of_its_report(claim, here, verdict):
+    report = (ROOT / "docs/reports/experiments.md").read_text(encoding="utf-8")
+    ((_, found, told),) = [line[2:-2].split(" | ")[1:] for line in report.splitlines() if line.startswith(f"| {claim} | ")]
+    said = numbers(found + report.partition(f"**{claim}**")[2].partition("\n**")[0])
+    assert told == f"**{verdict}**" and not [number for number in numbers(here) if not stands_in(number, said)]
