@@ -117,12 +117,12 @@ def _person(rng, name, friend, known):
 
 
 def draw(rng, kind, rows=None, split="train", steps=None):
-    """A Question. rng: random.Random; rows: int, default 4 to 6, 1 for single and chain; split: "train" | "heldout"; steps: the budget of
+    """A Question. rng: random.Random; rows: int, default 5 to 7, 1 for single and chain; split: "train" | "heldout"; steps: the budget of
     critical steps, default STEPS. Raises QuestionError."""
     if kind not in KINDS or split not in ("train", "heldout"):
         raise QuestionError(f"kind {kind!r}, split {split!r}: one of {', '.join(KINDS)}; train or heldout")
     alone = kind in ALONE
-    rows = rows or (1 if alone else rng.randint(4, 6))
+    rows = rows or (1 if alone else rng.randint(5, 7))
     if alone and rows != 1 or not 1 <= rows <= 12:
         raise QuestionError(f"{rows} rows of kind {kind}: 1 to 12, and 1 for single and chain")
     if kind in FILES:

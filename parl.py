@@ -136,9 +136,9 @@ def order_documents(number, tokenizer, seed):
 
 
 def _drawn(rng):
-    """A question of one to six rows; its budget is a little more than ever after, or for half of them such that serial work ends."""
+    """A question of one to seven rows; its budget is a little more than ever after, or for half of them such that serial work ends."""
     kind = rng.choice(lookups.KINDS)
-    return lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 6), steps=rng.choice((lookups.LOOSE[kind], 20)))
+    return lookups.draw(rng, kind, None if kind in lookups.ALONE else rng.randint(1, 7), steps=rng.choice((lookups.LOOSE[kind], 20)))
 
 
 async def _orchestrated(question, writer, tokenizer):
