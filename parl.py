@@ -218,15 +218,15 @@ class Frozen:
 class Shaping:
     """What is added to r_perf, and the controls of the experiments."""
 
-    first: float = 0.5  # λ1 at the beginning, of r_parallel
-    second: float = 0.5  # λ2, of r_finish
+    first: float = 1.0  # λ1 at the beginning, of r_parallel
+    second: float = 1.0  # λ2, of r_finish
     enough: int = 4  # distinct subtasks side by side that r_parallel asks for
     shuffled: bool = False  # control: subagents look something else up
     permuted: bool = False  # control: an episode gets the reward of one of the iteration before
 
     def knots(self):
-        """(progress, λ1, λ2) for critical.lambdas: two fifths in the middle of training and 0 at its end."""
-        return ((0.0, self.first, self.second), (0.5, 0.4 * self.first, 0.4 * self.second), (1.0, 0.0, 0.0))
+        """(progress, λ1, λ2) for critical.lambdas: held for two fifths of training, 0 in its last fifth."""
+        return ((0.0, self.first, self.second), (0.4, self.first, self.second), (0.8, 0.0, 0.0))
 
 
 @dataclass(frozen=True)

@@ -76,12 +76,12 @@ class PARLConfig:
     traces: int = 8000  # of the cold start
     base_steps: int = 600  # of each of its stages, of the last one twice as many
     delegating: float = 0.08  # share of traces with careless delegation
-    iterations: int = 30
+    iterations: int = 36
     prompts: int = 12
     responses: int = 8
     pool: int = 192
-    lr: float = 1e-3
-    adamw_lr: float = 3e-4
+    lr: float = 1.5e-3
+    adamw_lr: float = 4.5e-4
     questions: int = 20  # held-out, of each kind
     workers: int = 2  # processes
 

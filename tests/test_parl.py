@@ -188,8 +188,8 @@ def test_virtual_time_is_the_longest_path_in_seconds(tokenizer, frozen, monkeypa
 
 def test_rewards_can_be_shaped_annealed_and_permuted(tokenizer, frozen, monkeypatch):
     knots = Shaping().knots()
-    assert knots == ((0.0, 0.5, 0.5), (0.5, 0.2, 0.2), (1.0, 0.0, 0.0))
-    assert Shaping(0.5, 0.0).knots()[1] == (0.5, 0.2, 0.0)
+    assert knots == ((0.0, 1.0, 1.0), (0.4, 1.0, 1.0), (0.8, 0.0, 0.0))
+    assert Shaping(0.5, 0.0).knots()[1] == (0.4, 0.5, 0.0)
     question, rewards = lookups.draw(random.Random(4), "wide", 4), {}
     monkeypatch.setattr(Frozen, "policy", lambda self, seed: lookups.ScriptedSubagents(tokenizer))
 
@@ -200,12 +200,12 @@ def test_rewards_can_be_shaped_annealed_and_permuted(tokenizer, frozen, monkeypa
         environment = SwarmEnvironment(frozen)
         environment.progress = progress
         rewards[progress] = asyncio.run(environment.rollout(question, Half(tokenizer, lookups.planned(question)), 0)).reward
-    assert rewards == {0.0: 2.0, 0.5: 1.4, 1.0: 1.0}
+    assert rewards == {0.0: 3.0, 0.5: 2.5, 1.0: 1.0}
     environment = SwarmEnvironment(frozen, Shaping(permuted=True))
     environment._earlier = [0.125]
     assert asyncio.run(environment.rollout(question, Half(tokenizer, lookups.planned(question)), 0)).reward == 0.125
     environment.take()
-    assert environment._earlier == [2.0]
+    assert environment._earlier == [3.0]
 
 
 def test_shuffled_subagents_look_something_else_up(tokenizer, frozen, monkeypatch):
