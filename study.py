@@ -68,9 +68,9 @@ def _begin():
 
 
 def _cell(work, folder, name, arguments):
-    """(result, seconds) of a cell."""
-    began = time.perf_counter()
-    return work(folder, name, Log(folder / "cells" / f"{name}.jsonl"), **arguments), time.perf_counter() - began
+    """(result, processor-seconds) of a cell."""
+    began = time.process_time()
+    return work(folder, name, Log(folder / "cells" / f"{name}.jsonl"), **arguments), time.process_time() - began
 
 
 def run_cells(folder, cells, work, rows=None, workers=2, what="cells"):
@@ -107,7 +107,7 @@ def run_cells(folder, cells, work, rows=None, workers=2, what="cells"):
 
 
 def spent(folder):
-    """Minutes that all finished cells of a folder took, each on one thread; None where that was not kept."""
+    """Processor-minutes that all finished cells of a folder took; None where that was not kept."""
     kept = [json.loads(path.read_text()).get("seconds") for path in (pathlib.Path(folder) / "cells").glob("*.json")]
     return None if not kept or None in kept else sum(kept) / 60
 
