@@ -379,7 +379,9 @@ def equal_window(tokens, block, most):
 
 def _attend(model, arm):
     """Give the decoder an arm's attention, its weights kept."""
-    for layer in model.language_model.model.layers if arm != "full" else ():
+    if arm == "full":
+        return model
+    for layer in model.language_model.model.layers:
         full, config = layer.self_attn, model.config
         layer.self_attn = WindowMLA(config, equal_window(LENGTH, BLOCK, MOST)) if arm == "window" else BlockMLA(config, BLOCK, MOST)
         layer.self_attn.load_state_dict(full.state_dict())

@@ -8,9 +8,10 @@
     late      80 %                  50 : 50
 
 Every arm is a decoder from scratch behind that tower and projector. Decoder and projector train; the tower does not, for next to a
-decoder that knows nothing yet Muon, whose steps are as large whatever the gradient, unlearns it. Every arm takes as many steps, sees as many tokens of
-text and of vision, and follows one schedule of rates that does not begin again at the injection. Measured: six abilities on held-out
-questions, paired across arms; and on the way, at the same steps in every arm, the loss on held-out text, closely after each injection.
+decoder that knows nothing yet Muon, whose steps are as large whatever the gradient, unlearns it. Every arm takes as many steps, sees as
+many tokens of text and of vision, and follows one schedule of rates that does not begin again at the injection. Measured: six abilities
+on held-out questions, paired across arms; and on the way, at the same steps in every arm, the loss on held-out text, closely after each
+injection.
 
 Rules, fixed beforehand. Rise: the highest of the points behind an injection less the last one before it. A dip is a rise beyond
 what early shows at the same steps, or beyond none where early falls. Roughness: the most that a curve ever stands above

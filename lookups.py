@@ -383,7 +383,7 @@ class ScriptedSubagents:
 
 
 def dictated(rng, number, split="train"):
-    """So many different look-ups on the pages of one question: (prompts, pages). Some ask for what is not there."""
+    """One to five different look-ups on the pages of one question: (prompts, pages). Some ask for what is not there."""
     question = draw(rng, rng.choice(("wide", "deep", "document", "download")), rng.randint(1, 8), split)
     people, prompts = [page.split("\n")[0] for page in question.pages.values() if not page.startswith("old")], {}
     while len(prompts) < number:

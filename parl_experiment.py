@@ -142,8 +142,8 @@ def subagent_cell(folder, name, log, steps, look_ups):
 
 
 def base_cell(folder, name, log, steps, practice, traces, delegating):
-    """SFT on look-ups, orders of one subtask and tables first, so that copying is learned on short texts; then on whole episodes; then,
-    for longest, on episodes and on the reading of what subagents say."""
+    """SFT on look-ups, orders and tables first, so that copying is learned on short texts; then on whole episodes; then, for longest, on
+    episodes and on the reading of what subagents say."""
     tokenizer = _tokenizer(folder)
     short = [*lookup_documents(practice // 2, tokenizer, name), *order_documents(practice // 2, tokenizer, name), *table_documents(practice, tokenizer, name)]
     episodes, model = cold_start(traces, tokenizer, 0, delegating), build("orchestrator", tokenizer, 0)

@@ -46,7 +46,7 @@ from dataclasses import dataclass
 from corpus import Corpus, Tools, declared, misfit
 from critical import critical_steps, normalised, total_steps
 from policies import KEY_VARIABLE, ContextFullError, Endpoint, PolicyError, SwarmError, local_policy
-from swarm_log import Log, LogError, View, calls_before, episode, plain, read_log, read_message, refused, sendable
+from swarm_log import REPEATED, Log, LogError, View, calls_before, episode, plain, read_log, read_message, refused, sendable
 from swarm_trace import trace
 
 # ------------------------------------------------------------------------------------------- tools, limits
@@ -389,7 +389,7 @@ class Swarm:
             if text in self._prompts:
                 task, other = self._prompts[text]
                 state = "has finished; its result stands above" if task in self.results else "is at work"
-                return f"Refused: {other} was given this very task, number {task}, and {state}"
+                return f"Refused: {other} {REPEATED}, number {task}, and {state}"
             if self._given[step] >= self.limits.agents:
                 return f"Refused: {self.limits.agents} agents are at work, the most at once; assign it again after this step"
             if left < 1:

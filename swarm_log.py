@@ -18,7 +18,7 @@ with its number `n` and the time `at` in seconds since 1970:
 
 `View` shows a run on a terminal while it writes.
 
-Public names: Log, LogError, read_log, Sampled, read_calls, read_message, calls_before, sendable, episode,
+Public names: REPEATED, Log, LogError, read_log, Sampled, read_calls, read_message, calls_before, sendable, episode,
 refused, step_graph, View, plain.
 Tests: pytest tests/test_swarm_log.py
 """
@@ -33,9 +33,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-from critical import Stage, Subtask, normalised
+from critical import Stage, Subtask
 from template import Message, ToolCall
 
+REPEATED = "was given this very task"  # why a call is refused that asks for the same twice
 
 class LogError(ValueError):
     """A log that cannot be read or written; one line says why."""
@@ -182,15 +183,14 @@ def episode(events, completed=lambda prompt, text: True):
         if event["kind"] == "assign":
             task, prompt = event["task"], event["prompt"]
             stages[event["step"]].append(Subtask(steps[task], prompt, task in done and completed(prompt, done[task])))
-    given = {normalised(subtask.prompt) for stage in stages for subtask in stage}
-    for step, prompt in _refused(events):
-        if normalised(prompt) in given:
+    for step, prompt, why in _refused(events):
+        if REPEATED in why:
             stages[step].append(Subtask(0, prompt, False))
     return tuple(Stage(1, tuple(subtasks)) for subtasks in stages)
 
 
 def _refused(events):
-    """(step, prompt) of every assign_task call of main that was not run, in order."""
+    """(step, prompt, why) of every assign_task call of main that was not run, in order."""
     calls = {}
     for event in events:
         if event["kind"] == "answer" and event["agent"] == "main":
@@ -199,7 +199,7 @@ def _refused(events):
             function = calls.get((event["step"], event["place"]), {})
             if function.get("name") == "assign_task":
                 told, _ = read_calls([{"function": function}], 0)
-                yield event["step"], str(told[0].arguments.get("prompt", "")) if told else ""
+                yield event["step"], str(told[0].arguments.get("prompt", "")) if told else "", event["text"]
 
 
 def refused(events):

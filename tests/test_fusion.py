@@ -117,6 +117,20 @@ def test_an_arm_starts_with_its_tower_and_projector_and_a_new_decoder(made_tower
     assert all(torch.equal(met[0][name], met[1][name]) for name in met[0])
 
 
+def test_the_tower_stays_as_it_is_while_projector_and_decoder_learn(made_tower, monkeypatch):
+    met, real = [], fusion.train_on
+
+    def watched(model, *rest):
+        met.append((model, {name: value.clone() for name, value in model.named_parameters()}))
+        return real(model, *rest)
+
+    monkeypatch.setattr(fusion, "train_on", watched)
+    fusion.arm(made_tower, "early-1", lambda **_: None, "early", 1, 4, 1, 192, 1, 1, SMALLEST)
+    ((model, before),) = met
+    moved = {name.partition(".")[0] for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == {"mm_projector", "language_model"}
+
+
 def test_all_arms_follow_one_schedule_that_does_not_begin_again(made_tower, monkeypatch):
     rates = []
 

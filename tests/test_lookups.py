@@ -68,7 +68,8 @@ def test_careless_delegation_is_never_a_good_decomposition(tokenizer):
         question = draw(random.Random(seed), random.Random(seed).choice(("wide", "deep", "document", "download")))
         *_, log = play(question, lookups.careless(question, random.Random(seed)), tokenizer, question.steps)
         given = {event["prompt"] for event in log.events if event["kind"] == "assign"}
-        useful = {f"{row} {column}" for row in question.rows for column in question.columns} & given
+        wanted = ["friend"] if question.kind in HOPS else question.columns
+        useful = {f"{row} {column}" for row in question.rows for column in wanted} & given
         assert len(useful) <= len(question.rows) / 2, given
 
 

@@ -123,6 +123,12 @@ def verdicts():
     return [tuple(line.strip("| ").split(" | ")) for line in lines if line.startswith("| ") and not line.startswith("| claim")]
 
 
+def test_no_claim_of_the_report_is_left_out():
+    report = (ROOT / "docs/reports/experiments.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    titles = re.findall(r"^\| (.+?) \|.*\*\* \|$", report, re.MULTILINE)
+    assert len(titles) > 20 and sorted(titles) == sorted(claim for claim, *_ in verdicts())
+
+
 @pytest.mark.parametrize("claim,here,verdict", verdicts(), ids=[claim[:40] for claim, *_ in verdicts()])
 def test_a_claim_has_the_verdict_and_the_figures_of_its_report(claim, here, verdict):
     report = (ROOT / "docs/reports/experiments.md").read_text(encoding="utf-8")

@@ -178,3 +178,10 @@ def test_no_file_names_a_path_of_one_machine():
         if word in path.read_text(encoding="utf-8", errors="ignore")
     ]
     assert not found
+
+
+@pytest.mark.xdist_group("alone")
+def test_tests_of_a_group_share_a_worker(request):
+    """pytest-xdist says so by the test's name; with a pytest that it does not know, long fixtures run once per worker, and nothing fails."""
+    grouped = getattr(request.config.option, "loadgroup", False)
+    assert not grouped or request.node.nodeid.endswith("@alone")

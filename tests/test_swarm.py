@@ -336,6 +336,19 @@ def test_a_subtask_given_twice_is_refused_with_the_reason_bug_64(notes):
     assert server.asked["ash"] == 3 and len(swarm.assigned) == 1 and outcome.status == "done"
 
 
+def test_a_task_that_was_refused_for_want_of_an_agent_is_no_repetition(notes):
+    task = ("assign_task", {"agent": "r", "prompt": "Height of ash"})
+
+    def late(messages):
+        if len(messages) == 2:
+            return said("", task)
+        return said("", ("create_subagent", {"name": "r", "system_prompt": "s"}), task) if len(messages) == 4 else said("31")
+
+    _, log, _ = play(Server(main=late), notes)
+    assert refused(log.events) == 1 and [len(stage.subtasks) for stage in episode(log.events)] == [0, 1, 0]
+    assert finish_reward(episode(log.events)) == 1.0
+
+
 @pytest.mark.parametrize("limit", range(1, 9))
 def test_critical_steps_never_exceed_their_budget_and_leave_one_for_the_answer(notes, limit):
     outcome, log, swarm = play(Server(), notes, critical_steps=limit)
