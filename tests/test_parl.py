@@ -186,6 +186,13 @@ def test_virtual_time_is_the_longest_path_in_seconds(tokenizer, frozen, monkeypa
     assert virtual_time(events) == len(longest_path(step_graph(events))) == 4  # where every answer takes a second
 
 
+def test_subagents_answer_greedily(frozen):
+    """The same whatever the seed of the run: what differs between episodes is the orchestrator's doing."""
+    asked = [{"role": "system", "content": lookups.ROLE}, {"role": "user", "content": "a27 colour"}]
+    said = frozen.manager.engine.run(*(frozen.policy(seed).answer(asked, [], 1) for seed in range(3)))
+    assert len({tuple(message.ids) for message in said}) == 1
+
+
 def test_rewards_can_be_shaped_annealed_and_permuted(tokenizer, frozen, monkeypatch):
     knots = Shaping().knots()
     assert knots == ((0.0, 1.0, 1.0), (0.4, 1.0, 1.0), (0.8, 0.0, 0.0))
