@@ -120,7 +120,8 @@ class K25Config:
         data = source if isinstance(source, dict) else _read_json(source)
         text, vision = data.get("text_config"), data.get("vision_config")
         if not isinstance(text, dict) or not isinstance(vision, dict):
-            raise ConfigError("config has no text_config or no vision_config: expected the config.json of a Kimi K2.5")
+            where = "config" if isinstance(source, dict) else source
+            raise ConfigError(f"{where} has no text_config or no vision_config: expected the config.json of a Kimi K2.5")
         for where, have, fixed in (("", data, _FIXED_TOP), ("text_config.", text, _FIXED_TEXT)):
             for key, value in fixed.items():
                 if have.get(key, value) != value:
@@ -486,6 +487,8 @@ def chat(run, prompt, images=(), videos=(), thinking=False, system=None, max_new
         raise ConfigError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     directory = pathlib.Path(run)
     directory = directory / "model" if (directory / "model").is_dir() else directory
+    if (directory / "metrics.jsonl").exists():
+        raise ConfigError(f"{run} is a run that has not ended: train_small.py --resume goes on; or name the model of a stage in {run}/models")
     model = load(directory, device=device)
     tokenizer = Tokenizer(model.config.vocab_size, ranks)
     parts, media, items = [], [], []

@@ -213,7 +213,14 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path, text, message):
         path.write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
         K25Config.from_json(path)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_chatting_with_a_run_that_has_not_ended_says_so(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="has not ended: train_small.py --resume goes on; or name the model of a stage"):
+        k25.chat(tmp_path, "hi")
 
 
 def test_an_unknown_preset_or_impl_lists_the_known_ones():
