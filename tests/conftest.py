@@ -168,6 +168,12 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def torch_as_it_comes():
+    """No test sees what another has switched on: training sets torch to deterministic kernels, for its whole process."""
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A headless chromium."""
