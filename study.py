@@ -179,8 +179,8 @@ def bootstrap(table, draws=4000, seed=0):
     by_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=draws) / seeds  # (draws,S) weights
     by_item = rng.multinomial(items, np.full(items, 1 / items), size=draws) / items  # (draws,I)
     means = np.einsum("ds,si,di->d", by_seed, table, by_item, optimize=True)
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Estimate(float(table.mean()), float(low), float(high))
+    mean, (low, high) = table.mean(), np.percentile(means, (2.5, 97.5))
+    return Estimate(float(mean), float(min(low, mean)), float(max(high, mean)))  # where all are alike, rounding puts the mean outside
 
 
 def intervals(xs, tables):

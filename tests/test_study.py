@@ -113,6 +113,12 @@ def test_estimates_read_as_they_are():
         bootstrap(np.ones(3))
 
 
+@pytest.mark.parametrize("seeds, items", [(3, 7), (5, 60), (5, 120), (5, 180)])
+def test_an_interval_holds_its_mean_where_all_are_alike(seeds, items):
+    found = bootstrap(np.ones((seeds, items)))
+    assert found.low <= found.mean <= found.high and found.high - found.low < 1e-12
+
+
 def test_a_curve_has_the_interval_of_each_of_its_tables():
     tables = np.random.default_rng(0).normal(size=(3, 5, 7))  # points, seeds, items
     xs, *parts = intervals((1, 2, 4), tables)
