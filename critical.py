@@ -17,7 +17,7 @@ The report gives neither the formula of r_parallel nor λ; both are arguments he
 
 `longest_path` finds critical steps another way: over the graph of single steps, each of which waits for some others.
 
-Public names: Stage, Subtask, critical_steps, total_steps, step_graph, longest_path, normalised, parallel_reward, finish_reward,
+Public names: Stage, Subtask, critical_steps, total_steps, step_graph, longest_path, normalised, width, parallel_reward, finish_reward,
 redundancy, table_items, item_f1, lambdas, LAMBDAS, reward.     Tests: pytest tests/test_critical.py
 """
 
@@ -142,12 +142,16 @@ def _repeated(episode):
     return flags
 
 
+def width(episode):
+    """The most distinct subtasks of one stage. Returns int."""
+    return max((flags.count(False) for flags in _repeated(episode)), default=0)
+
+
 def parallel_reward(episode, enough=4):
-    """r_parallel = min(1, most distinct subtasks of one stage / enough). enough: int ≥ 1. Returns float of 0…1."""
+    """r_parallel = min(1, width / enough). enough: int ≥ 1. Returns float of 0…1."""
     if enough < 1:
         raise ValueError(f"enough is {enough}: at least one subtask")
-    widths = [flags.count(False) for flags in _repeated(episode)]
-    return min(1.0, max(widths, default=0) / enough)
+    return min(1.0, width(episode) / enough)
 
 
 def finish_reward(episode):

@@ -23,8 +23,8 @@ pages. One name in three is held out: its letter and its number are both known f
 generator of what traces.Scribe writes, and `scripted` makes it a policy. The first two make the orchestrator's cold start, `handful` and
 `obedient` are practice, and the others are bounds.
 
-Public names: Question, QuestionError, KINDS, ALONE, STEPS, LOOSE, held_out, draw, pool, table, serial, careless, handful, obedient, planned,
-aimless, look_up, completed, scripted, ScriptedSubagents, dictated, single_lookup, findings, vocabulary, merges.
+Public names: Question, QuestionError, KINDS, ALONE, STEPS, LOOSE, SYSTEM, WORKER, ROLE, STEP_LEFT, held_out, draw, pool, table, serial, careless,
+handful, obedient, planned, aimless, look_up, completed, scripted, ScriptedSubagents, dictated, single_lookup, findings, vocabulary, merges.
 Tests: pytest tests/test_lookups.py
 """
 
@@ -375,6 +375,9 @@ class ScriptedSubagents:
     def __init__(self, tokenizer):
         self.tokenizer, self._each = tokenizer, {}
 
+    def __str__(self):
+        return "look-ups by script"
+
     async def answer(self, messages, tools, agent):
         """As of any policy."""
         if agent not in self._each:
@@ -383,7 +386,7 @@ class ScriptedSubagents:
 
 
 def dictated(rng, number, split="train"):
-    """One to five different look-ups on the pages of one question: (prompts, pages). Some ask for what is not there."""
+    """So many different look-ups on the pages of one question: (prompts, pages). Some ask for what is not there."""
     question = draw(rng, rng.choice(("wide", "deep", "document", "download")), rng.randint(1, 8), split)
     people, prompts = [page.split("\n")[0] for page in question.pages.values() if not page.startswith("old")], {}
     while len(prompts) < number:

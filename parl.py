@@ -28,7 +28,7 @@ import torch
 
 import lookups
 from corpus import Corpus
-from critical import critical_steps, finish_reward, normalised, parallel_reward, redundancy, reward, total_steps
+from critical import critical_steps, finish_reward, parallel_reward, redundancy, reward, total_steps, width
 from data import Encoded
 from engine import Engine
 from k25 import K25, K25Config
@@ -187,8 +187,8 @@ class Frozen:
     """
 
     def __init__(self, model, tokenizer, capacity=320):
-        self.model = model.requires_grad_(False)
         self.manager = RolloutManager(Engine(model, 128, capacity), None, tokenizer, Sampling(40, temperature=0.0))
+        self.model = self.manager.engine.model.model  # the engine's own copy: the one that answers
         self.digest = self._digest()
 
     def _digest(self):
@@ -218,11 +218,11 @@ class Frozen:
 class Shaping:
     """What is added to r_perf, and the controls of the experiments."""
 
-    first: float = 1.0  # λ1 at the beginning, of r_parallel
+    first: float = 2.0  # λ1 at the beginning, of r_parallel
     second: float = 1.0  # λ2, of r_finish
-    enough: int = 4  # distinct subtasks side by side that r_parallel asks for
+    enough: int = 6  # distinct subtasks side by side that r_parallel asks for
     shuffled: bool = False  # control: subagents look something else up
-    permuted: bool = False  # control: an episode gets the reward of one of the iteration before
+    permuted: bool = False  # control: an episode gets the reward of one of the iteration before, in the first its own
 
     def knots(self):
         """(progress, λ1, λ2) for critical.lambdas: held for two fifths of training, 0 in its last fifth."""
@@ -280,10 +280,9 @@ class SwarmEnvironment:
                       slots=Slots(1 << 20, 0.5), delegation=self.frozen is not None, system=lookups.SYSTEM)  # fmt: skip
         outcome = await swarm.run()
         stages = episode(log.events, lookups.completed)
-        width = max((len({normalised(subtask.prompt) for subtask in stage.subtasks}) for stage in stages), default=0)
         record = Record(
             question.key, question.kind, seed, question.score(outcome.answer) if outcome.status == "done" else 0.0, critical_steps(stages),
-            total_steps(stages), len(swarm.assigned), width, finish_reward(stages), parallel_reward(stages, self.shaping.enough), redundancy(stages),
+            total_steps(stages), len(swarm.assigned), width(stages), finish_reward(stages), parallel_reward(stages, self.shaping.enough), redundancy(stages),
             refused(log.events), outcome.status, virtual_time(log.events))  # fmt: skip
         if self.events is not None:
             self.events[question.key] = log.events, record

@@ -76,7 +76,7 @@ class PARLConfig:
     traces: int = 8000  # of the cold start
     base_steps: int = 600  # of each of its stages, of the last one twice as many
     delegating: float = 0.08  # share of traces with careless delegation
-    iterations: int = 36
+    iterations: int = 30
     prompts: int = 12
     responses: int = 8
     pool: int = 192

@@ -199,10 +199,15 @@ class Swarm:
         self._prompts = {}  # normalised → (task, name of the agent) of subtasks that run or are finished
         self._given = Counter()  # subtasks by step
         self._declared = len(json.dumps(self.tools.declarations))  # characters
-        self._read(log.events)
+        try:
+            self._read(log.events)
+        except (KeyError, TypeError) as error:
+            raise SwarmError(f"the log is not that of a swarm, or of another version: {type(error).__name__} {error}") from error
 
     def _read(self, events):
         """Take over what a log says."""
+        if events and events[0]["kind"] != "start":
+            raise SwarmError("the log has no run: its first event is not a start")
         texts = {}  # prompts of subtasks, normalised
         for event in events:
             match event:
@@ -210,7 +215,7 @@ class Swarm:
                     self.limits = Limits(**event["limits"])
                     asked = {"question": self.question, "corpus": self.corpus.digest, "python": self.pool is not None, "system": self.system}
                     for key, value in asked.items():
-                        if event.get(key, value) != value:  # system stands in no older log
+                        if (event.get(key, value) if key == "system" else event[key]) != value:  # system stands in no older log
                             raise SwarmError(f"the log is of another {key}: resume with the same one, or choose another run")
                 case {"kind": "answer", "agent": agent, "step": step, "message": message}:
                     self._answers[agent, step] = message
@@ -470,7 +475,7 @@ async def _run(options, limits):
         log = stack.enter_context(Log(folder / "events.jsonl"))
         if log.events and not options.resume:
             raise SwarmError(f"{folder} has a run already: --resume it, or choose another folder with --run")
-        question = options.question or next((event["question"] for event in log.events if event["kind"] == "start"), None)
+        question = options.question or next((event.get("question") for event in log.events if event["kind"] == "start"), None)
         if not question:
             raise SwarmError("there is no question: write it behind the flags")
         pool = None

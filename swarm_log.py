@@ -38,6 +38,7 @@ from template import Message, ToolCall
 
 REPEATED = "was given this very task"  # why a call is refused that asks for the same twice
 
+
 class LogError(ValueError):
     """A log that cannot be read or written; one line says why."""
 
@@ -183,13 +184,13 @@ def episode(events, completed=lambda prompt, text: True):
         if event["kind"] == "assign":
             task, prompt = event["task"], event["prompt"]
             stages[event["step"]].append(Subtask(steps[task], prompt, task in done and completed(prompt, done[task])))
-    for step, prompt, why in _refused(events):
+    for step, prompt, why in _not_run(events):
         if REPEATED in why:
             stages[step].append(Subtask(0, prompt, False))
     return tuple(Stage(1, tuple(subtasks)) for subtasks in stages)
 
 
-def _refused(events):
+def _not_run(events):
     """(step, prompt, why) of every assign_task call of main that was not run, in order."""
     calls = {}
     for event in events:
@@ -203,8 +204,9 @@ def _refused(events):
 
 
 def refused(events):
-    """How many assign_task calls were refused, repetitions above all: to be watched beside r_finish (bug 64)."""
-    return len(list(_refused(events)))
+    """How many assign_task calls were refused, repetitions above all: to be watched beside r_finish (bug 64). Calls in error, such as to an
+    agent that was never created, are not counted."""
+    return sum(why.startswith("Refused") for _, _, why in _not_run(events))
 
 
 def step_graph(events):

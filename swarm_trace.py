@@ -166,7 +166,7 @@ def facts(events, rewards=None):
         raise LogError("the log has no run: its first event is not a start")
     try:
         return _facts(_Run(events), events, rewards or {})
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise LogError(f"the events are not those of a swarm: {type(error).__name__} {error}") from error
 
 

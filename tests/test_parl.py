@@ -98,7 +98,8 @@ def test_a_script_with_scripted_subagents_has_the_record_it_should(tokenizer, fr
     monkeypatch.setattr(Frozen, "policy", lambda self, seed: lookups.ScriptedSubagents(tokenizer))
     record, stages = scripted(question, lookups.planned(question), SwarmEnvironment(frozen), tokenizer)
     given = len(question.rows) * len(question.columns)
-    assert (record.performance, record.given, record.width, record.finished, record.parallel, record.redundant) == (1.0, given, given, 1.0, 1.0, 0.0)
+    assert (record.performance, record.given, record.width, record.finished, record.redundant) == (1.0, given, given, 1.0, 0.0)
+    assert record.parallel == pytest.approx(min(1.0, given / Shaping().enough))
     assert record.critical == 2 + 3 and record.total == 2 + 3 * given and record.status == "done" and len(stages) == 2
     record, _ = scripted(question, lookups.serial(question), SwarmEnvironment(frozen, steps=20), tokenizer)
     assert (record.performance, record.given, record.critical) == (1.0, 0, record.total)
@@ -195,7 +196,7 @@ def test_subagents_answer_greedily(frozen):
 
 def test_rewards_can_be_shaped_annealed_and_permuted(tokenizer, frozen, monkeypatch):
     knots = Shaping().knots()
-    assert knots == ((0.0, 1.0, 1.0), (0.4, 1.0, 1.0), (0.8, 0.0, 0.0))
+    assert knots == ((0.0, 2.0, 1.0), (0.4, 2.0, 1.0), (0.8, 0.0, 0.0))
     assert Shaping(0.5, 0.0).knots()[1] == (0.4, 0.5, 0.0)
     question, rewards = lookups.draw(random.Random(4), "wide", 4), {}
     monkeypatch.setattr(Frozen, "policy", lambda self, seed: lookups.ScriptedSubagents(tokenizer))
@@ -204,15 +205,15 @@ def test_rewards_can_be_shaped_annealed_and_permuted(tokenizer, frozen, monkeypa
         manager, seed = None, 0
 
     for progress in (0.0, 0.5, 1.0):
-        environment = SwarmEnvironment(frozen)
+        environment = SwarmEnvironment(frozen, Shaping(enough=4))
         environment.progress = progress
         rewards[progress] = asyncio.run(environment.rollout(question, Half(tokenizer, lookups.planned(question)), 0)).reward
-    assert rewards == {0.0: 3.0, 0.5: 2.5, 1.0: 1.0}
-    environment = SwarmEnvironment(frozen, Shaping(permuted=True))
+    assert rewards == {0.0: 4.0, 0.5: 3.25, 1.0: 1.0}
+    environment = SwarmEnvironment(frozen, Shaping(enough=4, permuted=True))
     environment._earlier = [0.125]
     assert asyncio.run(environment.rollout(question, Half(tokenizer, lookups.planned(question)), 0)).reward == 0.125
     environment.take()
-    assert environment._earlier == [3.0]
+    assert environment._earlier == [4.0]
 
 
 def test_shuffled_subagents_look_something_else_up(tokenizer, frozen, monkeypatch):
