@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from flags import one_line
 from rl_report import save_figure
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -88,11 +89,12 @@ def draw(path, imported):
 
 
 def main(arguments=None):
-    """Write the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Write the picture. Exit code 2 with one line where that is not possible."""
+    parser = argparse.ArgumentParser(prog="atlas.py", description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="docs/system.png")
     path = parser.parse_args(arguments).out
-    draw(path, imports())
+    with one_line(parser.prog, (OSError,)):
+        draw(path, imports())
     print(path)
 
 

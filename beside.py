@@ -9,7 +9,7 @@ tokens and the queries before it, and what becomes of the queries is all that th
 query is q · mean of the block's keys, for each head by itself; no gradient goes through the choice.
 
 Public names: GRIDS, Page, Tiles, order_mask, CausalQueries, chosen_blocks, cost_of_blocks, cost_of_window, equal_window, BlockMLA, WindowMLA,
-pixels, reading_order, block_attention.     Tests: pytest tests/test_beside.py
+write_out, read_pages, dense, look_up, pixels, reading_order, block_attention.     Tests: pytest tests/test_beside.py
 """
 
 import functools

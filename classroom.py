@@ -37,7 +37,7 @@ from hypothesis import HealthCheck, Phase
 
 from adapter import Outcome
 from checkpoint import write_file
-from conformance import OPS, Record, Unresponsive, diagnose, judge, twin
+from conformance import OPS, Record, Unresponsive, diagnose, dtype_name, judge, twin
 from exercises import EXERCISES, ROOT, find_exercise, solution, stub
 from op import describe
 from sandbox import Function, Limits, Sandbox
@@ -207,7 +207,7 @@ def _properties(op, answers, suspect):
     for dtype in _dtypes(op):
         mine = [a for a in answers if a.dtype == dtype]
         right = sum(a.level > 0 for a in mine)
-        title = f"values in {_name(dtype)}" if len(_dtypes(op)) > 1 else "values"
+        title = f"values in {dtype_name(dtype)}" if len(_dtypes(op)) > 1 else "values"
         add(title, Fraction(6, len(_dtypes(op))), Fraction(right, len(mine)), _share(right, mine))
     if op.differentiable:
         right = sum(a.level == 2 for a in answers)
@@ -295,12 +295,8 @@ def _symptom(op, wrong, answers):
         return f"the values are right and the {difference.what} is not"
     values = [a for a in wrong if a.level == 0]
     words = f"the values differ on {len(values)} of {len(answers)} inputs"
-    right = [_name(dtype) for dtype in _dtypes(op) if dtype not in {a.dtype for a in values}]
+    right = [dtype_name(dtype) for dtype in _dtypes(op) if dtype not in {a.dtype for a in values}]
     return words + (f", though never in {' or '.join(right)}" if right else "")
-
-
-def _name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def grade_source(text, filename, exercise, sandbox, examples=EXAMPLES, seed=0):

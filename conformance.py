@@ -7,7 +7,7 @@ The module may say, at its top level, ARRAYS = "torch" | "numpy" | "tinygrad" | 
 (jax.numpy.asarray), and DTYPES = ("float32", "bfloat16"), the dtypes it supports. `OP_backward` may give gradients.
 
 Public names: OPS, ConformanceError, Implementation, load_implementation, twin, Record, evaluate, Question, question,
-judge, Finding, Unresponsive, check_op, diagnose, Row, read_xfails, check, select, add_arguments, main.
+judge, Finding, Unresponsive, check_op, dtype_name, diagnose, Row, read_xfails, check, select, add_arguments, main.
 Tests: pytest tests/test_conformance.py
 """
 
@@ -267,11 +267,11 @@ def check_op(op, caller, dtypes=(torch.float32,), max_examples=MOST_EXAMPLES, se
         records, tried, stopped = _survey(op, caller, dtype, max_examples, seed)
         if stopped:
             difference = Difference("contract", "contract", stopped.complaint)
-            return Finding(op.name, _name(dtype), tried, Record({}, stopped, difference, stopped), "", stopped.complaint)
+            return Finding(op.name, dtype_name(dtype), tried, Record({}, stopped, difference, stopped), "", stopped.complaint)
         if records:
             smallest = _smallest(op, caller, dtype, max_examples, seed) or records[0]
             suspect, cause = diagnose(op, [*records, smallest])
-            return Finding(op.name, _name(dtype), tried, smallest, suspect, cause)
+            return Finding(op.name, dtype_name(dtype), tried, smallest, suspect, cause)
     return None
 
 
@@ -324,7 +324,8 @@ def _smallest(op, caller, dtype, max_examples, seed):
     return None
 
 
-def _name(dtype):
+def dtype_name(dtype):
+    """A torch dtype without torch, such as "float32"."""
     return str(dtype).removeprefix("torch.")
 
 

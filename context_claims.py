@@ -99,6 +99,11 @@ def _drawn(propose, number, name):
     return [Source(name, "text", "", lambda rng: propose(rng, i)).draw(random.Random(f"{name} {i}"), "heldout") for i in range(number)]  # noqa: B023
 
 
+def _questions(asked):
+    """Held-out questions of int4, the same for all seeds and arms."""
+    return questions([SOURCES[kind] for kind in KNOWLEDGE if SOURCES[kind].ability], asked, 0)
+
+
 def _found(model, length, asked):
     """1 for each question about a needle in `length` tokens that is answered rightly, else 0; depths spread evenly."""
     examples = _drawn(lambda rng, i: propose_needles(rng, length, 1, (i + 0.5) / asked), asked, f"needles {length}")
@@ -146,7 +151,7 @@ def quantised(folder, name, log, arm, seed, steps, rows, length, asked, batches)
     model = decoder(seed, **EXPERTS) if arm == "base" else load(folder / "models" / f"base-{seed}", dtype=torch.float32, qat=arm == "qat")
     pretrain(model, blend(sources, 0.0, t, seed, stage="base" if arm == "base" else "more"), t, log)
     held_out = list(islice(blend(sources, 0.0, t, 0, "heldout"), batches))
-    questioned, found = questions([SOURCES[kind] for kind in KNOWLEDGE if SOURCES[kind].ability], asked, 0), {}
+    questioned, found = _questions(asked), {}
     for kind in ("float", "int4"):
         where = folder / "models" / (name if kind == "float" else f"{name}-int4")
         save(model, where, int4=kind == "int4")
@@ -241,7 +246,8 @@ def int4(scale):
         cells = {f"{arm}-{seed}": {"arm": arm, "seed": seed, "steps": steps} | sizes for seed in scale.seeds}
         found[arm] = list(scale.run("int4", cells, quantised, dict.fromkeys(cells, steps)).values())
     _plot_int4(found, scale.folder / "int4" / "int4.png")
-    return list(_int4_claims(found, steps))
+    chance = float(np.mean([1 / len(example.choices) for example in _questions(sizes["asked"])]))
+    return list(_int4_claims(found, steps, chance))
 
 
 def _measured(cells, kind, what="loss"):
@@ -249,14 +255,15 @@ def _measured(cells, kind, what="loss"):
     return np.array([cell[kind][what] for cell in cells], float)
 
 
-def _int4_claims(arms, steps):
+def _int4_claims(arms, steps, chance):
     loss = {(arm, kind): _measured(cells, kind) for arm, cells in arms.items() for kind in ("float", "int4")}
     right = {(arm, kind): bootstrap(_measured(cells, kind, "right")) for arm, cells in arms.items() for kind in ("float", "int4")}
     gap = bootstrap(loss["qat", "int4"] - loss["float", "float"])
     setup = (f"one decoder per seed; {steps} more steps with QAT of the routed experts or as many in float; rounding in groups of 32, written in the released "
              "int4 layout and read again; held-out facts, sums and docstrings, nats per token")  # fmt: skip
     yield Claim("QAT loses nothing against float", "K2.5 report 2.1, K2 Thinking", "int4 experts by quantisation-aware training, lossless", f"{setup}; alike within "
-                f"{MARGIN}", f"QAT in int4 less float steps in float {gap}; questions right {right['qat', 'int4']} and {right['float', 'float']}, chance 0.25",
+                f"{MARGIN}", f"QAT in int4 less float steps in float {gap}; questions right {right['qat', 'int4']} and {right['float', 'float']}, "
+                f"chance {chance:.3f}",
                 judge_alike(gap, MARGIN), "int4.png")  # fmt: skip
     gain, cost = bootstrap(loss["float", "int4"] - loss["qat", "int4"]), bootstrap(loss["float", "int4"] - loss["float", "float"])
     yield Claim("QAT beats rounding after training", "K2.5 report 2.1, K2 Thinking", "quantisation-aware training rather than rounding of a trained model", setup,

@@ -363,7 +363,7 @@ def swarm_lanes():
     axes[1].set(xlabel="critical steps (orange: the critical path)", xlim=(0, critical_steps(episode(played[0]))))
     alone, together = (critical_steps(episode(events)) for events in played)
     work = total_steps(episode(played[1]))
-    return figure, f"{len(question.truth)} items to look up: {alone} critical steps alone, {together} with subagents, who take {work} steps in all"
+    return figure, f"{len(question.truth)} items to look up: {alone} critical steps alone, {together} with subagents; everybody together takes {work} steps"
 
 
 def one_wrong_operation():
@@ -385,7 +385,8 @@ def one_wrong_operation():
              ylim=(3e-9, 30))  # fmt: skip
     axis.legend(frameon=False, loc="center left")
     differ = sum(row.status == "DIFF" for row in rows)
-    return figure, f"{differ} of {len(rows)} operations give other numbers, {len(guilty)} is wrong: {rows[guilty[0]].tap}, {rows[guilty[0]].cause}"
+    return figure, (f"{differ} of {len(rows)} results have numbers beyond the tolerance, {len(guilty)} operation is wrong: "
+                    f"{rows[guilty[0]].tap}, {rows[guilty[0]].cause}")  # fmt: skip
 
 
 PICTURES = dict(enumerate((tokens, packed_rows, pooled_clip, yarn, expert_load, muon_clip, abilities, pipeline, engine_slots, gradient_mask,

@@ -1,13 +1,12 @@
 """The report of dep_bench.py: its figures as Markdown and as plots. All of it is read off what dep_bench.json holds.
 
-Public names: ENCODERS, KINDS, WAYS, HOW, disagreement, quantile, peaks, markdown, plot_efficiency, plot_memory, plot_imbalance.
+Public names: ENCODERS, KINDS, WAYS, HOW, disagreement, quantile, peaks, table, markdown, figure_of, plot_efficiency, plot_memory, plot_imbalance.
 Letters: none.     Tests: pytest tests/test_dep_bench.py
 """
 
 import contextlib
 import itertools
 import math
-import os
 
 ENCODERS, KINDS = ("dep", "stage0"), ("text", "multimodal")
 WAYS = {"raw": "(a) raw", "discounted": "(b) discounted", "by_flops": "(c) by operations"}
@@ -151,17 +150,11 @@ COLOURS = {"dep": "#3366aa", "stage0": "#dd7722", "contiguous": "#999999"}
 @contextlib.contextmanager
 def figure_of(path, rows, columns, size):
     """Yields panels (rows,columns), and writes the picture when done."""
-    import matplotlib
+    from report import plt, save_figure  # here: matplotlib loads slowly
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     yield panels
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, format="png", metadata={"Software": None})
-    os.replace(temporary, path)
-    pyplot.close(figure)
+    save_figure(figure, path)
 
 
 def plot_efficiency(result, path):

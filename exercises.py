@@ -3,7 +3,7 @@
 A stub is the signature and docstring of each op's reference, without the body; a solution is the reference with all
 that it calls, gathered from its modules into one file. Neither is stored anywhere, so neither goes stale.
 
-Public names: Exercise, EXERCISES, ExerciseError, find_exercise, stub, solution.
+Public names: ROOT, Exercise, EXERCISES, ExerciseError, find_exercise, stub, solution.
 Tests: pytest tests/test_classroom.py
 """
 

@@ -32,7 +32,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import pathlib
 import random
 import re
@@ -54,7 +53,7 @@ from evaluate import wilson
 from k25 import K25, K25Config, save
 from media import image_item
 from optim import MuonClip
-from report import BLUE, GREY, ORANGE, plt
+from report import BLUE, GREY, ORANGE, plt, save_figure
 from rewards import Score, invalid
 from rollout import Conversation, Handle, RolloutManager, Sampling, derive
 from scenes import COLOUR_NAMES
@@ -590,12 +589,6 @@ def _taught(name, model, documents, t, tokenizer, folder):
     return losses
 
 
-def _save_figure(figure, path):
-    figure.savefig(temporary := path.with_name(f".{path.name}"), dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
-    os.replace(temporary, path)
-    plt.close(figure)
-
-
 def train(options, folder, tokenizer):
     """Teach a small judge from nothing, and say how well it tells right from spoiled. Returns the report's lines."""
     model, course, t = small_model(options.seed), Course(modalities=("text", "text", "vision")), GRMConfig(steps=options.steps or GRMConfig.steps)
@@ -627,7 +620,7 @@ def train(options, folder, tokenizer):
     axes[2].plot((0, 9), (0, 9), color=GREY, linestyle=":")
     axes[2].plot(*list(zip(*curve))[:2], "o-", color=ORANGE)
     axes[2].set(title="calibration", xlabel="expected grade of the judge", ylabel="mean grade by rule")
-    _save_figure(figure, folder / "grm.png")
+    save_figure(figure, folder / "grm.png")
     return [*lines, "", "![loss, pairs, calibration](grm.png)", ""]
 
 
@@ -665,7 +658,7 @@ def canary(options, folder, tokenizer):
     (honest, runs), (still, _) = false_alarms(heard, seed=seed), false_alarms(heard[:1] * options.iterations, seed=seed)
     lines += ["", f"False alarms, in {runs} runs drawn again by prompts: {honest} of the second pursuit, {still} of a policy that stays as it began.",
               "", "![rewards](canary.png)", ""]  # fmt: skip
-    _save_figure(figure, folder / "canary.png")
+    save_figure(figure, folder / "canary.png")
     return lines
 
 

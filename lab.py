@@ -6,9 +6,11 @@
         …
         return [Claim("sparsity", "K2 report 2.3", "…", "…", str(gain), judge(gain), "loss.png")]
 
-The rule for a verdict stands before the figures, and is the same for all: see `judge` and `judge_alike`.
+The rule for a verdict stands before the figures: `judge` or `judge_alike`, and `worst` of several. DEP, by quartiles over the batches of one
+seed, zero-vision SFT against none, by the upper end of the other's interval, and how much faster a swarm is, by means, have rules of their own
+in experiments.py.
 
-Public names: REPLICATES, DIRECTION, NOT, UNTESTABLE, Claim, judge, judge_alike, Scale, decoder, blend, pretrain, loss_on.
+Public names: REPLICATES, DIRECTION, NOT, Claim, judge, judge_alike, worst, Scale, decoder, blend, pretrain, loss_on.
 Tests: pytest tests/test_lab.py
 """
 
@@ -21,13 +23,12 @@ import torch
 
 from data import Blend
 from k25 import K25, K25Config
-from sft import SFTConfig, train_on
+from sft import train_on
 from step import losses
 from study import run_cells
 from tokenizer import Tokenizer
 
 REPLICATES, DIRECTION, NOT = "replicates", "direction only", "does not replicate"
-UNTESTABLE = "not testable at this scale"
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Claim:
     says: str  # the claim, with the report's figure
     setup: str  # what was done here
     found: str  # our figure, with its interval
-    verdict: str  # one of the four
+    verdict: str  # one of the three
     plot: str = ""  # a PNG, relative to the experiment's folder
 
 
@@ -60,6 +61,11 @@ def judge_alike(gap, margin):
     if -margin <= gap.low and gap.high <= margin:
         return REPLICATES
     return DIRECTION if abs(gap.mean) <= margin else NOT
+
+
+def worst(*verdicts):
+    """The verdict on all of several claims together."""
+    return max(verdicts, key=(REPLICATES, DIRECTION, NOT).index)
 
 
 @dataclass(frozen=True)
@@ -90,11 +96,11 @@ def decoder(seed, **changes):
     return K25(dataclasses.replace(toy, **({"vision": tiny} | changes)))
 
 
-def pretrain(model, source, t, log=None, optimizer=None, **fields):
+def pretrain(model, source, t, log=None, **fields):
     """Train a model on Batches, a row of metrics per step. t: SFTConfig; log: study.Log; fields: added to each row.
     Returns the list of StepResult."""
     began, tokens, results = time.perf_counter(), 0, []
-    for step, result in enumerate(train_on(model, source, t, optimizer)):
+    for step, result in enumerate(train_on(model, source, t)):
         tokens += result.tokens
         results.append(result)
         if log:

@@ -512,7 +512,7 @@ OPS = (
             Suspect("last_turn", "only the last turn of a response is trained: the mask of the last step stands for all",
                     _objective(counted=_last_turn), "NovaSky-AI/SkyRL#1492"),
             Suspect("tool_results_trained", "what stands between generated tokens, results of tools say, is trained too",
-                    _objective(counted=_between_too), "NovaSky-AI/SkyRL#1492"),
+                    _objective(counted=_between_too)),
             Suspect("shifted", "log-probabilities of π_old are off by one position",
                     _objective(old=lambda s: s.old_logprobs.roll(1, 1).masked_fill(~s.counted, 0.0)),
                     "PrimeIntellect-ai/prime-rl#1525"),

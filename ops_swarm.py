@@ -630,7 +630,7 @@ OPS = (
             Suspect("returns_trained", "what subagents return to the orchestrator is trained: to it they are observations",
                     _swarm(trained=lambda s: (s.context == 0) & (s.writer >= 0) & s.valid[:, None])),
             Suspect("whole_context", "the whole context of the orchestrator is trained, prompts and results too",
-                    _swarm(trained=lambda s: (s.context == 0) & s.valid[:, None]), "NovaSky-AI/SkyRL#1492"),
+                    _swarm(trained=lambda s: (s.context == 0) & s.valid[:, None])),
             Suspect("copies_trained", "what the orchestrator wrote is trained again where it is a subagent's prompt",
                     _swarm(trained=lambda s: (s.writer == 0) & s.valid[:, None])),
             Suspect("last_turn", "only the last turn of the orchestrator is trained: the mask of the last step stands for all",

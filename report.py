@@ -1,6 +1,7 @@
 """The report of a run: plots from its metrics, samples with their pictures, and `report.md` that holds them together.
 
-Public names: write_report, plot_training, plot_abilities, plot_needle, plot_samples.     Tests: pytest tests/test_report.py
+Public names: BLUE, ORANGE, GREY, save_figure, read_metrics, write_report, plot_training, plot_abilities, plot_needle, plot_samples.
+Tests: pytest tests/test_report.py
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ from vit3d import pack
 BLUE, ORANGE, GREY = "#3366aa", "#dd7722", "#999999"
 
 
-def _save(figure, path):
+def save_figure(figure, path):
+    """Write a PNG atomically, the same bytes for the same figure."""
+    path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
     os.replace(temporary, path)
@@ -74,7 +77,7 @@ def plot_training(rows, path):
     for axis in axes[1]:
         axis.set_xlabel("optimizer step")
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_abilities(scores, path):
@@ -92,7 +95,7 @@ def plot_abilities(scores, path):
     axis.set_ylabel("accuracy on held-out questions")
     axis.legend(loc="upper right")
     axis.grid(axis="y", alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_needle(before, after, trained, path):
@@ -110,7 +113,7 @@ def plot_needle(before, after, trained, path):
     axis.set_ylim(0, 1)
     axis.legend()
     axis.grid(alpha=0.3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 SHOWN = ("caption", "colour", "shape", "emblem", "count", "side", "chart_value", "read_word", "read_line", "sketch", "motion", "order")
@@ -156,7 +159,7 @@ def plot_samples(model, tokenizer, path, seed=0):
         axis.set_xticks([])
         axis.set_yticks([])
     figure.tight_layout()
-    _save(figure, path)
+    save_figure(figure, path)
     return rows
 
 

@@ -1,34 +1,19 @@
 """Plots of reinforcement learning: curves of a run, and sampled trajectories with their pictures.
 
-Public names: plot_curves, plot_trajectories, plot_arms, save_figure, trajectory.     Tests: pytest tests/test_rl_report.py
+Public names: plot_curves, plot_trajectories, plot_arms, shade_phases, trajectory.     Tests: pytest tests/test_rl_report.py
 """
 
-import os
-import pathlib
 import re
 import textwrap
 from itertools import groupby
 
-import matplotlib
+from report import BLUE, GREY, ORANGE, plt, save_figure
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-BLUE, ORANGE, GREY = "#3366aa", "#dd7722", "#888888"
 CURVES = {  # title to what is drawn in it, of a row of rl.Learner
     "reward": ("reward", "passed"), "generated tokens per response": ("length",), "entropy, nats per token": ("entropy",),
     "share of tokens whose policy gradient is masked": ("masked",), "trainer − engine, mean |Δ log-prob|": ("mismatch",),
     "gradient norm": ("grad_norm",), "reward removed or ran out of room": ("cut", "cut_off"), "tokens per second": ("tokens_per_s",),
 }  # fmt: skip
-
-
-def save_figure(figure, path):
-    """Write a PNG atomically, the same bytes for the same figure."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=110, bbox_inches="tight", format="png", metadata={"Software": None})
-    os.replace(temporary, path)
-    plt.close(figure)
 
 
 def plot_curves(rows, path):

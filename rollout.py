@@ -34,7 +34,6 @@ import dataclasses
 import functools
 import hashlib
 import heapq
-import resource
 import sys
 import time
 from array import array
@@ -44,6 +43,7 @@ import torch
 
 from engine import Engine, Request
 from media import MediaItem, merged_tokens
+from sandbox import resident_peak
 from slots import SlotCache
 from template import Message, ToolCall, parse, render_ids
 from tokenizer import Tokenizer
@@ -449,18 +449,13 @@ def bench(count=100_000, slots=1024, new_tokens=8):
         assert manager.live == 0 and manager.engine.running == 0
         return live, sum(len(rollout.logprobs) for group in groups for rollout in group)
 
-    before, begin = _peak(), time.perf_counter()
+    before, begin = resident_peak(), time.perf_counter()
     live, tokens = asyncio.run(script())
-    seconds, peak = time.perf_counter() - begin, _peak()
+    seconds, peak = time.perf_counter() - begin, resident_peak()
     each = (peak - before) / live / 1e3
     print(f"{live:,} coroutines at once: peak {peak / 1e9:.2f} GB, {before / 1e9:.2f} GB before them, {each:.1f} kB "
           f"each; {count:,} rollouts of two answers, {tokens:,} tokens in {seconds:.1f} s")  # fmt: skip
     return live, peak, before, seconds, tokens
-
-
-def _peak():
-    """The largest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(arguments=None):

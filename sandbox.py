@@ -17,7 +17,7 @@ Messages go over a socket pair of their own, never over stdout: a JSON header an
 length limit. Nothing is ever unpickled. `interpreter.py` builds on the lower half of this module.
 
 Public names: Limits, Reply, Function, Sandbox, SandboxError, framed, receive, send, environment, library_path, libraries,
-readable, kill_group, kill_marked, Refused, audit_hook, occupied, set_limits, explain.
+readable, kill_group, kill_marked, Refused, audit_hook, occupied, resident_peak, set_limits, explain.
 Tests: pytest tests/test_sandbox.py
 """
 
@@ -28,6 +28,7 @@ import json
 import linecache
 import os
 import pathlib
+import re
 import secrets
 import selectors
 import shutil
@@ -498,6 +499,15 @@ def _refuse_the_unheard(attempts):
 def occupied():
     """Bytes of address space that this process had when first asked, and that children forked since began with."""
     return int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def resident_peak():
+    """The largest resident memory of this process so far, in bytes."""
+    if (status := pathlib.Path("/proc/self/status")).exists():  # Linux: ru_maxrss begins with the parent's
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def set_limits(limits):

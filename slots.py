@@ -39,7 +39,7 @@ KEYS = 128  # keys of one block of attention
 LOAD = 16  # tokens of one expert in one product, at least
 ALIGNED = 64  # numbers; two vector registers of the narrowest type, on the widest machine
 TRIALS = 3  # of each width
-REMEMBERED = 512  # media items whose embeddings are kept
+REMEMBERED = 512  # media items whose embeddings are kept, those used last
 _AGREEING = {}  # shapes to what `SlotModel` found by trying
 
 
@@ -248,6 +248,7 @@ class SlotModel:
             if id(item) not in self._embeddings:
                 patches, grid = (tensor.to(self.device) for tensor in pack([item]))
                 self._embeddings[id(item)] = item, self.model.encode_media(patches, grid)  # the item keeps its id alive
+            self._embeddings.move_to_end(id(item))
         found = [self._embeddings[id(item)][1] for item in items]
         while len(self._embeddings) > REMEMBERED:
             self._embeddings.popitem(last=False)

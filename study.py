@@ -33,8 +33,15 @@ from checkpoint import write_file
 from flags import add_flags, one_line, parse_flags, take_flags
 
 
+BINS = 10  # of calibration_error
+
+
 class StudyError(ValueError):
     """Cells that cannot be run or do not fit what is there; one line says which."""
+
+
+class _RefusedError(StudyError):
+    """Nothing was run: what is kept stays as it is, config.json too."""
 
 
 # ------------------------------------------------------------------------------------------------ cells
@@ -80,6 +87,8 @@ def run_cells(folder, cells, work, rows=None, workers=2, what="cells"):
     for the progress bar; workers: processes, 0 runs them in this one. Raises StudyError when a cell fails, naming it,
     after the cells that run have ended; what is finished is kept.
     """
+    if workers < 0:
+        raise _RefusedError(f"workers is {workers}: it must be at least 0, which runs all in this process")
     folder, rows = pathlib.Path(folder), rows or {}
     path = lambda name: folder / "cells" / f"{name}.json"  # noqa: E731
     results, missing = {}, []
@@ -87,7 +96,7 @@ def run_cells(folder, cells, work, rows=None, workers=2, what="cells"):
         kept = json.loads(path(name).read_text()) if path(name).exists() else None
         if kept and kept["arguments"] != json.loads(json.dumps(arguments)):
             changed = [key for key in arguments if kept["arguments"].get(key) != json.loads(json.dumps(arguments[key]))]
-            raise StudyError(f"{path(name)} was made with another {', '.join(changed) or 'set of arguments'}: choose another folder or remove it")
+            raise _RefusedError(f"{path(name)} was made with another {', '.join(changed) or 'set of arguments'}: choose another folder or remove it")
         if kept:
             results[name] = kept["result"]
         else:
@@ -161,11 +170,6 @@ class Estimate:
     def __str__(self):
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    @property
-    def differs(self):
-        """Whether 0 lies outside: for differences."""
-        return self.low > 0 or self.high < 0
-
 
 def bootstrap(table, draws=4000, seed=0):
     """Mean of a table with its 95 % percentile interval, seeds and items drawn again together.
@@ -191,14 +195,14 @@ def intervals(xs, tables):
     return xs, *np.array([(one.mean, one.low, one.high) for one in found]).reshape(-1, 3).T
 
 
-def calibration_error(confidence, correct, bins=10):
-    """Expected calibration error: Σ share of bin · |mean confidence − accuracy|, over bins of equal width.
+def calibration_error(confidence, correct):
+    """Expected calibration error: Σ share of bin · |mean confidence − accuracy|, over BINS of equal width.
 
     confidence: (I,) in 0…1; correct: (I,) bool or 0/1. Returns float in 0…1; 0 for no items.
     """
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = [abs(confidence[place == b].sum() - correct[place == b].sum()) for b in range(bins)]
+    place = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = [abs(confidence[place == b].sum() - correct[place == b].sum()) for b in range(BINS)]
     return float(sum(gaps) / max(len(confidence), 1))
 
 
@@ -210,7 +214,7 @@ def run_study(command, about, kind, work, errors, arguments=None, ready=lambda t
 
     about: its first line is the description; kind: class of the settings, which has a field `run`; work: function (folder, settings) →
     lines to print, which writes report.md; ready: function of the settings, raises before anything is written; errors: exceptions
-    that are one line and exit code 2. The settings are kept in config.json.
+    that are one line and exit code 2. The settings are kept in config.json, of a run that was refused only where there was none.
     """
     parser = argparse.ArgumentParser(prog=f"train_small.py {command}", usage=f"train_small.py {command} [--FLAG VALUE …]", allow_abbrev=False,
                                      description=about.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
@@ -221,6 +225,14 @@ def run_study(command, about, kind, work, errors, arguments=None, ready=lambda t
         ready(t)
         folder = pathlib.Path(t.run)
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / "config.json", json.dumps(dataclasses.asdict(t) | {"torch": torch.__version__}, indent=2) + "\n")
-        print("\n".join(work(folder, t)))
+        config = folder / "config.json"
+        before = config.read_text() if config.exists() else None
+        write_file(config, json.dumps(dataclasses.asdict(t) | {"torch": torch.__version__}, indent=2) + "\n")
+        try:
+            lines = work(folder, t)
+        except _RefusedError:
+            if before is not None:
+                write_file(config, before)
+            raise
+        print("\n".join(lines))
         print(f"{folder / 'report.md'}   {(time.perf_counter() - began) / 60:.1f} minutes")

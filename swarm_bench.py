@@ -17,7 +17,8 @@ N answers are under way at once. Each trial runs in a process of its own. Per N:
 **Live.** Subagents of a model are sampled through policies.Local, two answers each at most. Side by side: all are given away in
 one step, and the engine batches them. One after another: one in each step. What they say must be the same, token for token.
 
-Public names: BenchError, Scripted, plain, play, trial, TRIALS, measure, summarise, live, report, plot, run, main.
+Public names: BenchError, Scripted, towers, subtasks, plain, play, timed, traced, on_disk, trial, TRIALS, measure, summarise, live, report, plot,
+run, models, main.
 Letters: none.     Tests: pytest tests/test_swarm_bench.py
 """
 
@@ -30,8 +31,6 @@ import multiprocessing
 import os
 import pathlib
 import platform
-import re
-import resource
 import statistics
 import sys
 import tempfile
@@ -43,6 +42,7 @@ from concurrent.futures.process import BrokenProcessPool
 from corpus import Corpus, Tools
 from critical import critical_steps, total_steps
 from policies import Local
+from sandbox import resident_peak
 from swarm import Limits, Slots, Swarm, rare_collections
 from swarm_log import Log, episode
 from template import Message, ToolCall
@@ -148,13 +148,6 @@ async def play(prompts, corpus, log, width=None, subpolicy=None):
 # -------------------------------------------------------------------------------------------- null policy
 
 
-def _peak():
-    """The largest resident memory of this process so far, in bytes."""
-    if (status := pathlib.Path("/proc/self/status")).exists():  # Linux: ru_maxrss begins with the parent's
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class _Collector:
     """Processor seconds that the search for circular garbage takes, added up in `seconds` inside a `with`."""
 
@@ -176,15 +169,15 @@ class _Collector:
 def timed(count):
     """Runs of `count` subtasks with the log in memory, and `plain`. Returns a dict: rounds, seconds, processor, collector, plain (seconds),
     resident (bytes of the first run), most (answers at once)."""
-    corpus, prompts, rounds = towers(), subtasks(count), max(1, ROUND // count)
+    corpus, prompts, rounds = towers(), subtasks(count), -(-ROUND // count)
 
     async def script():
-        before = _peak()
+        before = resident_peak()
         begun, used, resident = time.perf_counter(), time.process_time(), 0
         for number in range(rounds):
             _, texts, most = await play(prompts, corpus, Log(None))
             if not number:
-                resident = _peak() - before
+                resident = resident_peak() - before
         return time.perf_counter() - begun, time.process_time() - used, resident, texts, most
 
     asyncio.run(play(prompts[:1], corpus, Log(None)))  # what is made once
@@ -492,8 +485,8 @@ def main(arguments=None):
         return 2
     try:
         run(flags.largest, flags.repeats, chosen, flags.out)
-    except (BenchError, OSError) as error:
-        print(f"swarm.py bench: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:  # of the bench, and of all that it plays through
+        print(f"swarm.py bench: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

@@ -31,7 +31,8 @@ import traces
 from checkpoint import write_file
 from environment import Environment, Toolset
 from interpreter import InterpreterPool
-from k25 import K25, K25Config, load, save
+from k25 import load, save
+from lab import decoder
 from rl import Learner, RLConfig, RLError, sample_groups
 from rl_job import draw_pool, measure
 from rl_report import plot_arms
@@ -45,11 +46,10 @@ CAPS = (1, 2, 4)  # times the median budget
 TRAINED, HARDER = (1, 2, 3, 4), 5  # levels
 ROOM = 192  # tokens of a conversation
 LONGEST = 112  # of an answer
-MODEL = {  # beside preset "toy": a small decoder; the tower, which sees nothing here, as small as it gets
+MODEL = {  # beside preset "toy": a small decoder
     "hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 48, "num_hidden_layers": 2, "q_lora_rank": 48,
     "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 8,
 }  # fmt: skip
-TOWER = {"vt_hidden_size": 16, "vt_num_attention_heads": 2, "vt_num_hidden_layers": 1, "vt_intermediate_size": 16}
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,6 @@ class ToggleConfig:
                         penalty=self.penalty, minibatches=2, rows=64)  # fmt: skip
 
 
-def _build(seed):
-    toy = K25Config.preset("toy")
-    vision = dataclasses.replace(toy.vision, text_hidden_size=MODEL["hidden_size"], mm_hidden_size=None, **TOWER)
-    torch.manual_seed(seed)
-    return K25(dataclasses.replace(toy, vision=vision, **MODEL))
-
-
 def _environment():
     return Environment(Toolset())
 
@@ -118,13 +111,14 @@ def _questions(t, level):
 
 def base(folder, name, log, seed, **settings):
     """SFT from scratch on traces, then plain RL: the policy from which all arms start."""
-    t, tokenizer, model = ToggleConfig(**settings), Tokenizer(), _build(seed)
+    t, tokenizer, model = ToggleConfig(**settings), Tokenizer(), decoder(seed, **MODEL)
     with InterpreterPool() as pool:
         collected = traces.collect("zero-vision", 4 * t.traces, tokenizer, pool, seed, ["chain"], text=1.0)
     documents = _mixed(collected.traces, t, tokenizer)
-    began = time.perf_counter()
+    began, tokens = time.perf_counter(), 0
     for step, result in enumerate(finetune(model, documents, SFTConfig(t.sft_steps, lr=6e-3, adamw_lr=4e-3), tokenizer, seed)):
-        log(stage="sft", step=step, loss=result.loss, tokens_per_s=result.tokens * (step + 1) / (time.perf_counter() - began))
+        tokens += result.tokens
+        log(stage="sft", step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began))
     after_sft = _measured(model, t, seed)
     with Learner(model, _environment(), _prompts(t, seed), tokenizer, t.rl(), derive(seed, "base")) as learner:
         for _ in range(t.base_iterations):
@@ -212,7 +206,7 @@ def report(folder, t, bases, arms):
         gain = bootstrap(table[CAPS[-1]] - table[1])
         summary[name]["capped"] = {times: dataclasses.asdict(bootstrap(table[times])) for times in CAPS}
         capped.append(f"| {name} | {' | '.join(str(bootstrap(table[times])) for times in CAPS)} | {gain} |")
-    _plots(folder, t, seeds, arms, bases)
+    _plots(folder, seeds, arms, bases)
     by_seed = [f"| {s} | {bases[f'base-{s}']['cap']} | {np.mean(bases[f'base-{s}']['sft']['trained']['passed']):.3f} | {start['passed'][i].mean():.3f} / {start['tokens'][i].mean():.1f} | "
                + " | ".join(f"{get(name, 'trained', 'passed')[i].mean():.3f} / {get(name, 'trained', 'tokens')[i].mean():.1f}" for name in ARMS) + " |"
                for i, s in enumerate(seeds)]  # fmt: skip
@@ -239,7 +233,7 @@ def _ratio(tokens, others):
     return bootstrap((tokens - others) / others.mean())
 
 
-def _plots(folder, t, seeds, arms, bases):
+def _plots(folder, seeds, arms, bases):
     def band(name, key):
         curves = np.array([[row[key] for row in read_rows(folder, f"{name}-{s}")] for s in seeds], float)  # (S,iterations)
         return intervals(range(curves.shape[1]), curves.T)

@@ -10,7 +10,7 @@ Pictures have 28 × 28 pixels, one token, and show a thing in one of four cells.
 clip of flashes two things light up, each for one frame; forwards and backwards a clip shows the same pictures. All arms answer
 the same held-out questions of four choices, each drawn uniformly from its choices: chance is 1/4.
 
-Public names: Still, Reel, ARMS, SCORED, moonvit3d.     Tests: pytest tests/test_vision_claims.py
+Public names: Still, Reel, propose_*, ARMS, LEARNED, SCORED, shuffled, start, arm, moonvit3d.     Tests: pytest tests/test_vision_claims.py
 """
 
 import dataclasses

@@ -43,7 +43,7 @@ from study import StudyError, bootstrap, calibration_error, intervals, read_rows
 from tokenizer import Tokenizer
 
 LOOKED = ("colour", "count", "measure", "chart")  # kinds of task: those whose programs the toy learns to write in minutes
-SFT_ARMS = ("zero-vision", "text+vision", "none")
+SFT_ARMS = traces.ARMS
 RL_ARMS = ("vision", "text", "joint", "shuffled", "sft")
 ROOM = 640  # tokens of a conversation
 UNRELATED = ("next", "largest")  # questions of pre-training, in words, that no task asks
@@ -125,14 +125,11 @@ def _answers(model, environment, asked, tokenizer, t, seed):
 def sft_cell(folder, name, log, arm, seed, **settings):
     """One arm of SFT from the pre-trained model, measured on held-out pictures with tools."""
     t, tokenizer = StudySettings(**settings), Tokenizer()
-    where = folder / "models" / name
-    made = (where / "config.json").exists()  # by an attempt that was interrupted while it was measured
-    model = load(where if made else t.model, dtype=torch.float32)
+    model = load(t.model, dtype=torch.float32)
     with InterpreterPool() as pool:
-        if not made:
-            if arm != "none":
-                _fine_tune(model, _documents(arm, t, tokenizer, pool, model, seed), t.sft(), tokenizer, seed, log)
-            save(model, where)
+        if arm != "none":
+            _fine_tune(model, _documents(arm, t, tokenizer, pool, model, seed), t.sft(), tokenizer, seed, log)
+        save(model, folder / "models" / name)
         asked, seed = _questions(t, "vision"), derive(seed, "measure")
         environment = _environment(pool, model.config.media)
         found, rollouts = _answers(model, environment, asked, tokenizer, t, seed)
@@ -148,9 +145,10 @@ def _documents(arm, t, tokenizer, pool, model, seed):
 
 
 def _fine_tune(model, documents, sft, tokenizer, seed, log):
-    began = time.perf_counter()
+    began, tokens = time.perf_counter(), 0
     for step, result in enumerate(finetune(model, documents, sft, tokenizer, seed)):
-        log(stage="sft", step=step, loss=result.loss, tokens_per_s=result.tokens * (step + 1) / (time.perf_counter() - began))
+        tokens += result.tokens
+        log(stage="sft", step=step, loss=result.loss, tokens_per_s=tokens / (time.perf_counter() - began))
 
 
 def zero_vision_report(folder, t, cells):
@@ -333,7 +331,11 @@ def _has_model(t):
 
 def main(arguments=None, command="zero-vision"):
     """Run what is missing of `zero-vision` or `transfer`, then write its report. Exit code 2 with one line on misuse."""
-    kind, work = {"zero-vision": (StudySettings, _zero_vision), "transfer": (TransferSettings, _transfer)}[command]
+    experiments = {"zero-vision": (StudySettings, _zero_vision), "transfer": (TransferSettings, _transfer)}
+    if command not in experiments:
+        print(f"vision_experiments.py: no experiment {command!r}: use {' or '.join(experiments)}", file=sys.stderr)
+        sys.exit(2)
+    kind, work = experiments[command]
     run_study(command, __doc__, kind, work, (StudyError, RLError, SFTError, CheckpointError, OSError), arguments, _has_model)
 
 

@@ -6,6 +6,7 @@ Run: .venv/bin/python -m pytest tests/test_atlas.py
 import re
 from collections import Counter
 
+import pytest
 from PIL import Image
 
 import atlas
@@ -34,3 +35,10 @@ def test_the_picture_is_drawn(tmp_path):
     atlas.main(["--out", str(tmp_path / "system.png")])
     with Image.open(tmp_path / "system.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_a_place_that_is_not_there_is_told_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        atlas.main(["--out", str(tmp_path / "nowhere" / "system.png")])
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "nowhere" in error and error.count("\n") == 1

@@ -102,7 +102,7 @@ def test_yarn_is_judged_beyond_the_trained_length_only():
 def test_int4_is_judged_against_as_many_float_steps(after_qat, verdicts):
     cell = lambda float_loss, int4_loss: {"float": {"loss": [float_loss] * 3, "right": [1]}, "int4": {"loss": [int4_loss] * 3, "right": [0]}}  # noqa: E731
     arms = {"base": [cell(1.7, 1.72)] * 2, "float": [cell(1.5, 1.53)] * 2, "qat": [cell(1.49, after_qat)] * 2}
-    lossless, better = context_claims._int4_claims(arms, 100)
+    lossless, better = context_claims._int4_claims(arms, 100, 0.297)
     assert (lossless.verdict, better.verdict) == verdicts
     assert "rounding costs 0.030 [0.030, 0.030] after float steps and 0.020" in better.found
 

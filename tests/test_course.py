@@ -186,5 +186,5 @@ def test_figures_of_the_pictures_by_hand():
     words = {number: course.PICTURES[number]()[1] for number in (8, 11)}
     assert "27.3%" in words[8] and "15.8%" in words[8] and round(300 / 11, 1) == 27.3 and round(300 / 19, 1) == 15.8
     assert math.isclose(predict_bubble(Layout(pp=4, microbatches=8), [1.0] * 4, [2.0] * 4), 3 / 11)
-    assert words[11].endswith(f"{8 * 2 + 1} critical steps alone, {1 + 3 + 1} with subagents, who take {2 + 8 * 3} steps in all")
+    assert words[11].endswith(f"{8 * 2 + 1} critical steps alone, {1 + 3 + 1} with subagents; everybody together takes {2 + 8 * 3} steps")
     course.plt.close("all")

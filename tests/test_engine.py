@@ -617,6 +617,17 @@ def test_bug38_pictures_count_at_every_step_and_are_encoded_once(monkeypatch):
     assert answers(engine, [dataclasses.replace(asked[0], items=tuple(blank))])[0].logprobs != done[0].logprobs
 
 
+def test_of_too_many_pictures_those_used_last_are_remembered(monkeypatch):
+    monkeypatch.setattr(module, "REMEMBERED", 2)
+    engine, calls = quick(MODEL, 2, KEYS), []
+    encode = engine.model.model.encode_media
+    monkeypatch.setattr(engine.model.model, "encode_media", lambda *a: calls.append(1) or encode(*a))
+    one, two, three = ITEMS[:3]
+    for item, encoded in ((one, 1), (two, 2), (one, 2), (three, 3), (one, 3), (two, 4)):
+        engine.model.encode([item])
+        assert len(calls) == encoded
+
+
 def test_a_session_goes_on_behind_pictures():
     """A second turn with another picture encodes only that one; the same ids with another first picture reuse nothing."""
     engine, ids = quick(MODEL, 2, KEYS), (65, MEDIA, MEDIA, 66)

@@ -13,8 +13,9 @@ import pytest
 
 import experiments
 from experiments import EXPERIMENTS, PULLED, ExperimentsConfig, Result, kept, main, markdown, page, pull, run_experiment
-from lab import DIRECTION, NOT, REPLICATES, UNTESTABLE, Claim, Scale
+from lab import DIRECTION, NOT, REPLICATES, Claim, Scale
 from rl_report import save_figure
+from study import StudyError
 
 HOSTILE = "</title><script>window.bad = 1</script><img src=x onerror='window.bad = 2'> a | b & \"c\" 10 < 9"
 SUMMARIES = {  # what the commands leave, in round numbers
@@ -32,7 +33,9 @@ SUMMARIES = {  # what the commands leave, in round numbers
         "parl less single, heldout": {"mean": 0.2, "low": 0.1, "high": 0.3}, "parl less single, wider": {"mean": 0.2, "low": 0.1, "high": 0.3},
         "times": {"single": {"steps": [6.0, 8.0, None]}, "parl": {"steps": [3.0, 2.0, 9.0]}},
     },
-    "dep": {"layouts": [{"figures": {"dep": {"core": {"discounted": [0.97, 0.95, 1.0]}}}}, {"figures": {"dep": {"core": {"discounted": [0.93, 0.89, 0.97]}}}}]},
+    "dep": {"settings": {"ranks": 4, "device": "cpu"}, "layouts": [
+        {"pp": 2, "dp": 2, "figures": {"dep": {"core": {"discounted": [0.97, 0.95, 1.0]}, "wall": {"discounted": [0.8, 0.7, 0.9]}}}},
+        {"pp": 4, "dp": 1, "figures": {"dep": {"core": {"discounted": [0.93, 0.89, 0.97]}, "wall": {"discounted": [0.95, 0.9, 0.97]}}}}]},
 }  # fmt: skip
 EXPECTED = {
     "zero-vision": [REPLICATES, NOT], "transfer": [DIRECTION, REPLICATES, NOT], "toggle": [REPLICATES, DIRECTION],
@@ -46,7 +49,7 @@ def tiny(scale):
     figure, axis = plt.subplots(figsize=(12, 2))
     axis.plot([0, 1])
     save_figure(figure, scale.folder / "tiny" / "tiny.png")
-    return [Claim("it counts", "nowhere", "1", "a cell", str(found["a-1"]), REPLICATES, "tiny.png"), Claim(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, UNTESTABLE)]
+    return [Claim("it counts", "nowhere", "1", "a cell", str(found["a-1"]), REPLICATES, "tiny.png"), Claim(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, NOT)]
 
 
 def cell(folder, name, log, seed):
@@ -87,6 +90,34 @@ def test_what_another_command_measured_is_read_and_judged(name, tmp_path):
     assert kept(tmp_path) == [result]
 
 
+@pytest.mark.parametrize("name", PULLED)
+@pytest.mark.parametrize("text", ['{"toggle": ', "{}", "[]"])
+def test_a_summary_that_is_cut_or_of_another_kind_is_told_in_one_line(name, text, tmp_path):
+    (path := tmp_path / PULLED[name][1]).write_text(text)
+    with pytest.raises(StudyError, match=rf"{PULLED[name][1]} lacks what the page needs \(.*\): make it again with `python") as told:
+        pull(name, tmp_path / "out", tmp_path)
+    assert str(path) in str(told.value) and "\n" not in str(told.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dep_is_told_and_judged_as_it_was_run(tmp_path):
+    (tmp_path / "dep_bench.json").write_text(json.dumps(SUMMARIES["dep"]))
+    setup = pull("dep", tmp_path, tmp_path).claims[0].setup
+    assert setup == "four processes, pp 2 · dp 2 and pp 4, the encoder's own time discounted, one core per rank; the worse layout"
+    (tmp_path / "dep_bench.json").write_text(json.dumps(SUMMARIES["dep"] | {"settings": {"ranks": 16, "device": "cuda"}}))
+    claim = pull("dep", tmp_path, tmp_path).claims[0]
+    assert claim.setup.startswith("16 processes") and "wall clock" in claim.setup and claim.found.startswith("80.0 %") and claim.verdict == NOT
+
+
+def test_minutes_are_those_of_what_is_trained_before_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "tiny", ("test_experiments", "tiny"))
+    monkeypatch.setitem(experiments.STAGES, "tiny", "before")
+    monkeypatch.setattr(experiments, "spent", {tmp_path / "tiny": 2.0, tmp_path / "before": 5.0}.get)
+    assert run_experiment("tiny", Scale(tmp_path, (1,), workers=0)).minutes == 7.0
+    monkeypatch.setattr(experiments, "spent", {tmp_path / "tiny": 2.0}.get)
+    assert run_experiment("tiny", Scale(tmp_path, (1,), workers=0)).minutes is None
+
+
 def test_a_plot_of_another_command_comes_along(tmp_path, results):
     source = tmp_path / "source"
     source.mkdir()
@@ -106,7 +137,7 @@ def test_the_pages_say_every_claim(results, tmp_path):
     for text in (markdown(results), html_text(page(results, tmp_path))):
         for claim in results[0].claims:
             assert all(part in text for part in (claim.title, claim.says, claim.setup, claim.found, claim.verdict))
-        assert "2 claims: 1 replicates, 1 not testable at this scale." in text and "--only tiny" in text
+        assert "2 claims: 1 replicates, 1 does not replicate." in text and "--only tiny" in text
 
 
 def html_text(source):

@@ -111,13 +111,13 @@ def test_metrics_are_read_row_by_row(tmp_path):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were saved, still to be looked into."""
-    kept, save = [], report._save
+    kept, save = [], report.save_figure
 
     def keep(figure, path):
         kept.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(report, "_save", keep)
+    monkeypatch.setattr(report, "save_figure", keep)
     return kept
 
 

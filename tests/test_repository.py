@@ -21,8 +21,8 @@ ORDER = ("flags moe media pictures optim tokenizer template vit3d example texts 
          "generate k25 data evaluate report adapter sandbox zygote interpreter rewards objective critical op ops_rope ops_attention ops_int4 ops_experts "
          "ops_training ops_media ops_vision ops_text ops_rl ops_toggle ops_rewards ops_swarm tinygrad_twins patterns conformance taps golden_cases golden_models goldens peer "
          "divergence mutants defects exercises classroom roofline bench_cases bench oracle activations step dep expert_parallel parallel "
-         "schedule footprint trials planner shards dep_report dep_bench scale_bench slots engine rollout tasks environment grm wire records gateway traces sft study rl "
-         "rl_report rl_job toggle_experiment vision_experiments corpus swarm_log swarm_trace policies swarm swarm_bench lookups parl parl_experiment lab fusion "
+         "schedule footprint trials planner shards dep_report dep_bench scale_bench slots engine rollout tasks environment grm wire records gateway traces sft study lab rl "
+         "rl_report rl_job toggle_experiment vision_experiments corpus swarm_log swarm_trace policies swarm swarm_bench lookups parl parl_experiment fusion "
          "training_claims vision_claims context_claims beside experiments train_small course atlas").split()  # fmt: skip
 LONGEST = 700  # lines; beyond that, one concept of the module becomes a module of its own
 

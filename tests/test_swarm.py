@@ -331,7 +331,7 @@ def test_a_subtask_given_twice_is_refused_with_the_reason_bug_64(notes):
     assert "Refused: r was given this very task, number 1, and has finished; its result stands above" in told
     assert "Error: no agent 'x': create it first" in told and "Error: the prompt is empty" in told
     assert any("'r' was created with another prompt" in text for text in told)
-    assert refused(log.events) == 4 and finish_reward(episode(log.events)) == 1 / 3  # both repetitions count, as unfinished
+    assert refused(log.events) == 2 and finish_reward(episode(log.events)) == 1 / 3  # both repetitions count, as unfinished
     assert critical_steps(episode(log.events)) == 6 and parallel_reward(episode(log.events), 4) == 1 / 4
     assert server.asked["ash"] == 3 and len(swarm.assigned) == 1 and outcome.status == "done"
 
@@ -345,7 +345,7 @@ def test_a_task_that_was_refused_for_want_of_an_agent_is_no_repetition(notes):
         return said("", ("create_subagent", {"name": "r", "system_prompt": "s"}), task) if len(messages) == 4 else said("31")
 
     _, log, _ = play(Server(main=late), notes)
-    assert refused(log.events) == 1 and [len(stage.subtasks) for stage in episode(log.events)] == [0, 1, 0]
+    assert refused(log.events) == 0 and [len(stage.subtasks) for stage in episode(log.events)] == [0, 1, 0]
     assert finish_reward(episode(log.events)) == 1.0
 
 
@@ -544,6 +544,33 @@ def test_a_log_of_another_question_or_corpus_is_refused(notes, tmp_path):
         Swarm(QUESTION, None, Corpus(notes), log, system="Be brief.")
     del log.events[0]["system"]  # an older log
     assert Swarm(QUESTION, None, Corpus(notes), log)._end and "unfinished" not in trace(log.events)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda events: events[0]["limits"].update(hours=1), "not that of a swarm, or of another version: .*hours"),
+    (lambda events: events[0].update(limits=None), "not that of a swarm, or of another version: TypeError"),
+    (lambda events: events[0].pop("question"), "not that of a swarm, or of another version: KeyError 'question'"),
+    (lambda events: events[1].update(kind="end"), "not that of a swarm, or of another version: KeyError"),
+    (lambda events: events.pop(0), "its first event is not a start"),
+])  # fmt: skip
+def test_a_log_that_does_not_fit_is_refused_and_left_as_it_is(spoil, words, notes):
+    _, log, _ = play(Server(), notes)
+    spoil(log.events)
+    before = json.dumps(log.events)
+    with pytest.raises(SwarmError, match=words):
+        Swarm(QUESTION, None, Corpus(notes), log)
+    assert json.dumps(log.events) == before
+
+
+@pytest.mark.parametrize("words", [[], ["x"]])
+def test_resuming_a_log_without_a_question_is_one_line(words, notes, tmp_path, capsys):
+    with Log(tmp_path / "events.jsonl") as log:
+        log.add("start", limits={}, models=[])
+    before = (tmp_path / "events.jsonl").read_bytes()
+    flags = ["run", "--base-url", "http://127.0.0.1:9/v1", "--corpus", str(notes), "--run", str(tmp_path), "--no-python", "--resume"]
+    assert command.main([*flags, *words]) == 2
+    err = capsys.readouterr().err
+    assert ("question" in err) and err.count("\n") == 1 and (tmp_path / "events.jsonl").read_bytes() == before
 
 
 # The endpoint

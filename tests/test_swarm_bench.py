@@ -122,7 +122,7 @@ def test_every_figure_is_that_of_the_raw_samples(told):
     for point in told["null"]["points"]:
         count, (raw,), (memory,) = point["count"], point["raw"]["timed"], point["raw"]["traced"]
         steps = raw["rounds"] * (2 * count + 2)
-        assert raw["rounds"] == 1000 // count
+        assert raw["rounds"] == 1000 // count  # which divides it
         assert point["most"] == count and memory["events"] == 6 * count + 6
         assert point["median"] == {key: statistics.median(point["samples"][key]) for key in MEASURES}
         assert point["median"]["overhead"] == pytest.approx((raw["processor"] - raw["plain"]) / steps * 1e6)

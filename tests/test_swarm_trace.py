@@ -212,7 +212,8 @@ def test_the_time_between_a_kill_and_its_resumption_is_left_out_and_clocks_may_b
 
 def test_what_is_no_run_is_told_in_one_line(run):
     for events in ([], run[0][1:], [run[0][0], {"n": 1, "at": 0.0, "kind": "answer"}], [run[0][0] | {"limits": 3}, *run[0][1:]],
-                   [event for event in run[0] if event["kind"] != "assign"]):  # fmt: skip
+                   [event for event in run[0] if event["kind"] != "assign"],
+                   [event for event in run[0] if (event["kind"], event.get("agent"), event.get("step")) != ("answer", "main", 0)]):  # fmt: skip
         with pytest.raises(LogError, match=r"^(the log has no run|the events are not those of a swarm).*$"):
             trace(events)
 

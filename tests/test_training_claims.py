@@ -13,12 +13,12 @@ import torch
 
 import training_claims
 from k25 import K25Config
-from lab import DIRECTION, NOT, REPLICATES, Scale, blend, decoder, judge, judge_alike, loss_on
+from lab import DIRECTION, NOT, REPLICATES, Scale, blend, decoder, judge, judge_alike, loss_on, worst
 from sft import SFTConfig
 from sources import TEXT_WEIGHTS, weighted
 from study import Estimate, bootstrap, read_rows
 from training_claims import (EXPERTS, HOTTER, LARGEST, MARGIN, SMALLEST, adamw, balance, best, doublings, muonclip, nearest, reached, slopes,
-                             sparsity, threshold, trained, unigram, worst)  # fmt: skip
+                             sparsity, threshold, trained, unigram)  # fmt: skip
 
 CELL = {
     "seed": 1, "kind": "muon", "rate": 0.01, "tau": None, "gamma": 0.0, "alpha": 0.0, "steps": 8, "rows": 1, "length": 96, "points": 2, "held_out": 2,
@@ -102,6 +102,14 @@ def test_unigram_counts_the_wanted_targets():
     total = sum(counts.values())
     assert unigram(batches) == pytest.approx(-sum(n * math.log(n / total) for n in counts.values()) / total)
     assert 0 < unigram(batches) < math.log(len(counts))
+
+
+@pytest.mark.parametrize("largest, verdict", [(199.0, REPLICATES), (200.0, NOT)])
+def test_logits_are_bounded_only_where_no_seed_comes_to_twice_the_threshold(largest, verdict):
+    peaks = {"muon": [4, 5], "adamw": [5, 6], "hot-muon": [900, 800], "hot-adamw": [500, 400], "hot-muonclip": [150, largest]}
+    found = {arm: [{"max_logit": float(peak)} for peak in each] for arm, each in peaks.items()}
+    claims = training_claims._logit_claims(found, {"muon": 0.004, "adamw": 0.002}, {"muon": 0.064, "adamw": 0.032}, {"hot": 100.0})
+    assert next(claims).verdict == verdict
 
 
 def test_the_worst_of_several_verdicts():

@@ -97,3 +97,9 @@ def test_bad_input_is_one_line(command, flags, words, tmp_path, capsys):
         train_small.main([command, "--run", str(tmp_path / "run"), *flags])
     error = capsys.readouterr().err
     assert ended.value.code == 2 and words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_an_unknown_experiment_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        vision_experiments.main([], "foo")
+    assert ended.value.code == 2 and capsys.readouterr().err == "vision_experiments.py: no experiment 'foo': use zero-vision or transfer\n"
