@@ -31,7 +31,7 @@ SUMMARIES = {  # what the commands leave, in round numbers
     "toggle": {"toggle": {"tokens against plain's": {"mean": -0.2, "low": -0.3, "high": -0.1}, "accuracy less plain's": {"mean": 0.0, "low": -0.1, "high": 0.1}}},
     "parl": {
         "parl less single, heldout": {"mean": 0.2, "low": 0.1, "high": 0.3}, "parl less single, wider": {"mean": 0.2, "low": 0.1, "high": 0.3},
-        "times": {"single": {"steps": [6.0, 8.0, None]}, "parl": {"steps": [3.0, 2.0, 9.0]}},
+        "times": {"goals": [0.3, 0.4, 0.5], "ratio": {"steps": [2.0, 4.0, None]}, "single": {"steps": [6.0, 8.0, None]}, "parl": {"steps": [3.0, 2.0, 9.0]}},
     },
     "dep": {"settings": {"ranks": 4, "device": "cpu"}, "layouts": [
         {"pp": 2, "dp": 2, "figures": {"dep": {"core": {"discounted": [0.97, 0.95, 1.0]}, "wall": {"discounted": [0.8, 0.7, 0.9]}}}},
@@ -195,3 +195,15 @@ def test_the_page_fits_a_phone_and_a_desk_in_light_and_dark(browser, results, tm
 
 def test_results_without_minutes_say_where_they_stand():
     assert "Minutes: README." in markdown([Result("dep", (), "python parallel.py dep-bench", None)])
+
+
+@pytest.mark.parametrize(("ratios", "single", "swarm", "verdict", "said"), [
+    ([2.0, None], [6.0, None], [3.0, 9.0], DIRECTION, "30% 2.00 ×, 40% the swarm alone"),
+    ([4.0, None], [8.0, None], [2.0, None], DIRECTION, "30% 4.00 ×"),  # one goal does not grow
+    ([0.9, 0.8], [6.0, 6.0], [7.0, 8.0], NOT, "30% 0.90 ×, 40% 0.80 ×"),
+    ([None, None], [None, 9.0], [None, None], NOT, "no goal is reached with every seed"),
+])  # fmt: skip
+def test_how_much_faster_a_swarm_is_said_goal_by_goal(ratios, single, swarm, verdict, said):
+    times = {"goals": [0.3, 0.4], "ratio": {"steps": ratios}, "single": {"steps": single}, "parl": {"steps": swarm}}
+    *_, claim = experiments._READERS["parl"](SUMMARIES["parl"] | {"times": times})
+    assert claim.verdict == verdict and claim.found.endswith(f"single / swarm: {said}")

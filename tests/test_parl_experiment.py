@@ -59,5 +59,5 @@ def test_misuse_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_where_a_curve_reaches_a_goal_by_hand():
     assert _reached(0.5, (4, 8), (0.25, 0.75)) == pytest.approx(6.0)
     assert _reached(0.25, (4, 8), (0.25, 0.75)) == pytest.approx(4.0)
-    assert _reached(0.1, (4, 8), (0.2, 0.75)) == pytest.approx(2.0)
+    assert _reached(0.1, (4, 8), (0.2, 0.75)) == 4.0  # at the least that was tried
     assert np.isnan(_reached(0.8, (4, 8), (0.25, 0.75)))
