@@ -7,9 +7,9 @@ Each experiment has a folder below --run, and goes on where it was interrupted; 
 `stages`. Those with a command of their own (zero-vision, transfer, toggle, parl, dep) are read from where that command left its
 summary. The page is one file without network, dark and light, narrow enough for a phone.
 
-Run: python train_small.py experiments [--only fusion,yarn] [--seeds 5] [--quick]        (minutes: README)
+Run: python train_small.py experiments [--only fusion,yarn] [--seeds 5] [--quick]
 
-Public names: ExperimentsConfig, EXPERIMENTS, STAGES, PULLED, VERDICTS, Result, run_experiment, kept, pull, markdown, page, main.
+Public names: ExperimentsConfig, EXPERIMENTS, STAGES, PULLED, Result, run_experiment, kept, pull, markdown, page, main.
 Tests: pytest tests/test_experiments.py
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import write_file
-from lab import DIRECTION, NOT, REPLICATES, Claim, Scale, judge, judge_alike
+from lab import DIRECTION, NOT, REPLICATES, VERDICTS, Claim, Scale, judge, judge_alike
 from study import Estimate, StudyError, run_study, spent
 
 EXPERIMENTS = {  # name to (module, function)
@@ -38,7 +38,6 @@ PULLED = {  # name to (the folder that its command writes, the file in it)
     "zero-vision": ("runs/zero-vision", "summary.json"), "transfer": ("runs/transfer", "summary.json"),
     "toggle": ("runs/toggle", "summary.json"), "parl": ("runs/parl", "summary.json"), "dep": ("runs/dep-bench", "dep_bench.json"),
 }  # fmt: skip
-VERDICTS = (REPLICATES, DIRECTION, NOT)
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ def _counts(results):
 def _effort(result):
     said = [f"{result.seeds} seeds"] if result.seeds else []
     said += [f"{result.minutes:.0f} minutes of one processor"] if result.minutes is not None else []
-    return ", ".join(said) or "Minutes: README."
+    return ", ".join(said) or "Minutes were not kept."
 
 
 def _rules():

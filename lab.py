@@ -10,7 +10,7 @@ The rule for a verdict stands before the figures: `judge` or `judge_alike`, and 
 seed, zero-vision SFT against none, by the upper end of the other's interval, and how much faster a swarm is, by means, have rules of their own
 in experiments.py.
 
-Public names: REPLICATES, DIRECTION, NOT, Claim, judge, judge_alike, worst, Scale, decoder, blend, pretrain, loss_on.
+Public names: VERDICTS, REPLICATES, DIRECTION, NOT, Claim, judge, judge_alike, worst, Scale, decoder, blend, pretrain, loss_on.
 Tests: pytest tests/test_lab.py
 """
 
@@ -28,7 +28,7 @@ from step import losses
 from study import run_cells
 from tokenizer import Tokenizer
 
-REPLICATES, DIRECTION, NOT = "replicates", "direction only", "does not replicate"
+VERDICTS = REPLICATES, DIRECTION, NOT = "replicates", "direction only", "does not replicate"  # from good to bad
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Claim:
     says: str  # the claim, with the report's figure
     setup: str  # what was done here
     found: str  # our figure, with its interval
-    verdict: str  # one of the three
+    verdict: str  # one of VERDICTS
     plot: str = ""  # a PNG, relative to the experiment's folder
 
 
@@ -65,7 +65,7 @@ def judge_alike(gap, margin):
 
 def worst(*verdicts):
     """The verdict on all of several claims together."""
-    return max(verdicts, key=(REPLICATES, DIRECTION, NOT).index)
+    return max(verdicts, key=VERDICTS.index)
 
 
 @dataclass(frozen=True)

@@ -324,8 +324,8 @@ def _times(folder, arms, seeds, summary):
     plot_arms({f"item-F1 against the budget of critical steps, {WIDER} rows": curves}, folder / "budgets.png")
     return [f"## Time to reach an item-F1, {WIDER} rows (figure 8)", "",
             "Each budget is a run of its own; the critical steps and the virtual seconds (0.02 s a token, 0.5 s a tool call) at which the mean "
-            "item-F1 reaches the goal, means over seeds, ratios of each seed; – where a seed never does. The report claims 3 … 4.5 times faster, growing with the "
-            "goal.", "",
+            "item-F1 reaches the goal, means over seeds, ratios of each seed; – where a seed never does. The report claims 3 … 4.5 times "
+            "faster, growing with the goal.", "",
             "| item-F1 | steps, single | steps, swarm | ratio | seconds, single | seconds, swarm | ratio |", "|---|---|---|---|---|---|---|",
             *(line.replace("nan", "–") for line in lines), "", "![item-F1 against the budget](budgets.png)", ""]  # fmt: skip
 

@@ -214,7 +214,7 @@ def run_study(command, about, kind, work, errors, arguments=None, ready=lambda t
 
     about: its first line is the description; kind: class of the settings, which has a field `run`; work: function (folder, settings) →
     lines to print, which writes report.md; ready: function of the settings, raises before anything is written; errors: exceptions
-    that are one line and exit code 2. The settings are kept in config.json, of a run that was refused only where there was none.
+    that are one line and exit code 2. The settings are kept in config.json; a run that is refused leaves those that were there.
     """
     parser = argparse.ArgumentParser(prog=f"train_small.py {command}", usage=f"train_small.py {command} [--FLAG VALUE …]", allow_abbrev=False,
                                      description=about.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip

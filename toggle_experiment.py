@@ -12,7 +12,7 @@ on levels 1–4 until it converges: the base. From there every arm goes on, with
 Measured on held-out chains of levels 1–4, one sampled response each: accuracy, generated tokens. And, for the claim that a rigid
 budget overfits to length: level 5, which RL never saw (traces did), under a cap of 1, 2 and 4 times the median budget.
 
-Run: python train_small.py toggle --run runs/toggle        (minutes: README)
+Run: python train_small.py toggle --run runs/toggle
 
 Public names: ToggleConfig, ARMS, MODEL, base, arm, report, main.     Tests: pytest tests/test_toggle_experiment.py
 """

@@ -4,6 +4,7 @@ Run: .venv/bin/python -m pytest tests/test_context_claims.py
 """
 
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_int4_is_judged_against_as_many_float_steps(after_qat, verdicts):
     cell = lambda float_loss, int4_loss: {"float": {"loss": [float_loss] * 3, "right": [1]}, "int4": {"loss": [int4_loss] * 3, "right": [0]}}  # noqa: E731
     arms = {"base": [cell(1.7, 1.72)] * 2, "float": [cell(1.5, 1.53)] * 2, "qat": [cell(1.49, after_qat)] * 2}
     lossless, better = context_claims._int4_claims(arms, 100, 0.297)
-    assert (lossless.verdict, better.verdict) == verdicts
+    assert (lossless.verdict, better.verdict) == verdicts and lossless.found.endswith("chance 0.297")
     assert "rounding costs 0.030 [0.030, 0.030] after float steps and 0.020" in better.found
 
 
@@ -114,6 +115,10 @@ def test_both_experiments_run_and_are_kept(tmp_path):
     scale = Scale(tmp_path, **QUICK)
     claims = {name: experiment(scale) for name, experiment in (("yarn", yarn), ("int4", int4))}
     assert {name: len(found) for name, found in claims.items()} == {"yarn": 3, "int4": 2}
+    choices = Counter(len(example.choices) for example in context_claims._questions(3))
+    assert claims["int4"][0].found.endswith(f"chance {(choices[2] / 2 + choices[4] / 4) / 3:.3f}") and choices.total() == choices[2] + choices[4]
+    choices = Counter(len(example.choices) for example in context_claims._questions(90))
+    assert choices == {4: 73, 2: 17}  # so chance is (73 / 4 + 17 / 2) / 90 = 0.297
     assert all((tmp_path / name / found[0].plot).stat().st_size > 5000 for name, found in claims.items())
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("cells/*.json")}
     assert sorted(path.name for path in kept) == sorted(

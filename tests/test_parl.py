@@ -85,7 +85,7 @@ def test_subagents_are_sampled_by_their_own_model_and_never_move(tokenizer, froz
     assert len({rollout.reward for rollout in rollouts}) == 2
     assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     with torch.no_grad():
-        next(iter(frozen.model.parameters())).view(-1)[0] += 1.0
+        next(iter(frozen.manager.engine.model.model.parameters())).view(-1)[0] += 1.0  # of the copy that answers
     with pytest.raises(PARLError, match="have changed"):
         frozen.check()
     next(iter(frozen.model.parameters())).requires_grad_(True)
