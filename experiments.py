@@ -9,7 +9,8 @@ summary. The page is one file without network, dark and light, narrow enough for
 
 Run: python train_small.py experiments [--only fusion,yarn] [--seeds 5] [--quick]
 
-Public names: ExperimentsConfig, EXPERIMENTS, STAGES, PULLED, Result, run_experiment, kept, pull, markdown, page, main.
+Public names: ExperimentsConfig, EXPERIMENTS, STAGES, PULLED, BEYOND, Result, run_experiment, kept, pull, markdown, page,
+main.
 Tests: pytest tests/test_experiments.py
 """
 
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import write_file
-from lab import DIRECTION, NOT, REPLICATES, VERDICTS, Claim, Scale, judge, judge_alike
+from lab import DIRECTION, NOT, REPLICATES, UNTESTABLE, VERDICTS, Claim, Scale, judge, judge_alike, worst
 from study import Estimate, StudyError, run_study, spent
 
 EXPERIMENTS = {  # name to (module, function)
@@ -133,6 +134,10 @@ def _points(estimate):
     return f"{100 * estimate.mean:+.1f} points [{100 * estimate.low:+.1f}, {100 * estimate.high:+.1f}]"
 
 
+def _signed(estimate):
+    return f"{estimate.mean:+.2f} [{estimate.low:+.2f}, {estimate.high:+.2f}]"
+
+
 def _zero_vision(summary):
     tools = _estimate(summary["zero-vision"]["success with tools"])
     beyond = Estimate(*(getattr(tools, part) - summary["none"]["success with tools"]["high"] for part in ("mean", "low", "high")))
@@ -167,10 +172,14 @@ def _toggle(summary):
 
 def _parl(summary):
     setup = "a toy orchestrator trained by PARL with frozen subagents, against a single agent trained as long, at equal budgets of critical steps"
-    wide = _estimate(summary["parl less single, heldout"])
-    more = _estimate(summary["parl less single, wider"])
+    less = lambda name, field, times=1.0, part="heldout": _estimate(summary[f"parl less {name}"][part][field], times)  # noqa: E731
+    wide, more = less("single", "performance"), less("single", "performance", part="wider")
+    truer, broader = less("base", "performance"), less("base", "given")
     yield Claim("the swarm is better than the single agent", "K2.5 report 5.3, table 6", "BrowseComp 60.6 → 78.4, WideSearch 72.7 → 79.0", setup,
-                f"item-F1 {_points(wide)}; on eight rows {_points(more)}", judge(wide), "training.png")  # fmt: skip
+                f"item-F1 {_points(wide)}; on eight rows {_points(more)}", judge(wide))  # fmt: skip
+    yield Claim("accuracy and parallelism both rise", "K2.5 report 3, figure 4", "both rise smoothly over training",
+                "the orchestrator after RL less its cold start, on held-out questions", f"item-F1 {_points(truer)}; subtasks {_signed(broader)}",
+                worst(judge(truer), judge(broader)), "training.png")  # fmt: skip
     times = summary["times"]
     goals = list(zip(times["goals"], times["ratio"]["steps"], times["single"]["steps"], times["parl"]["steps"]))
     ratios, alone = [ratio for _, ratio, *_ in goals if ratio], [goal for goal, _, single, swarm in goals if swarm and not single]
@@ -180,6 +189,17 @@ def _parl(summary):
     yield Claim("3 … 4.5 times faster, growing with the goal", "K2.5 report 5.3, figure 8", "3× at 30 % item-F1 … 4.5× at 70 %", setup,
                 f"critical steps to reach 30 … 70 % item-F1, single / swarm: {', '.join(said) or 'no goal is reached with every seed'}", verdict,
                 "budgets.png")  # fmt: skip
+    for title, says, arm, times in (
+        ("without r_parallel all work stays serial", "r_parallel fights serial collapse", "no-parallel", 1.0),
+        ("without r_finish work is given away for show", "r_finish fights spurious parallelism", "no-finish", -1.0)):  # fmt: skip
+        gap = less(arm, "given", times)
+        yield Claim(title, "K2.5 report 3", says, "PARL with all rewards, and without this one; subtasks on held-out questions",
+                    f"{_signed(gap)} subtasks {'with' if times > 0 else 'without'} it", judge(gap))  # fmt: skip
+    for remedy in ("hide-tool-result", "summary", "discard-all"):
+        gaps = {tokens: _estimate(gap) for tokens, gap in summary[f"context, swarm less {remedy}"].items()}
+        yield Claim(f"a divided context beats {remedy}", "K2.5 report 5.3, figure 7", "subagents keep what they read in contexts of their own",
+                    "the swarm less the single agent with this remedy, where one conversation holds so many tokens; item-F1",
+                    ", ".join(f"{tokens}: {_points(gap)}" for tokens, gap in gaps.items()), worst(*map(judge, gaps.values())))  # fmt: skip
 
 
 def _dep(summary):
@@ -197,6 +217,17 @@ def _dep(summary):
 
 _READERS = {"zero-vision": _zero_vision, "transfer": _transfer, "toggle": _toggle, "parl": _parl, "dep": _dep}
 
+BEYOND = Result("beyond", tuple(Claim(title, source, says, why, "not run", UNTESTABLE) for title, source, says, why in (
+    ("the scores themselves", "K2.5 report 5", "BrowseComp 78.4, WideSearch 79.0, MMLU-Pro 86.4, GPQA-Diamond 86.4, LongBench v2 58.9",
+     "what is measured above are differences between toys; how high a toy scores says nothing of a model that knows the world"),
+    ("a context of 262,144 tokens", "K2.5 report 4.3", "from 32,768 in two stages, by YaRN",
+     "needles and perplexity are measured above, at multiples of a toy's own length"),
+    ("which specialists to create is learned", "K2.5 report 3", "no role is given beforehand",
+     "a toy's subagents know one trade, to look one thing up: there is nothing to choose between"),
+    ("a hundred subagents and 1,500 calls for one question", "K2.5 report 3", "up to so many",
+     "the runtime serves more (swarm.py bench), but a toy's questions have few rows to give away"),
+)), "", None)  # fmt: skip
+
 
 # ------------------------------------------------------------------------------------------------ pages
 
@@ -206,7 +237,7 @@ def markdown(results):
     lines = ["# What is said of Kimi K2.5, measured at toy scale", "", _counts(results), "", "| claim | said | found | verdict |", "|---|---|---|---|"]
     lines += [f"| {claim.title} | {claim.says} | {claim.found} | **{claim.verdict}** |" for result in results for claim in result.claims]
     for result in results:
-        lines += ["", f"## {result.name}", "", f"    {result.command}", "", _effort(result)]
+        lines += ["", f"## {result.name}"] + (["", f"    {result.command}", "", _effort(result)] if result.command else [])
         for claim in result.claims:
             lines += ["", f"**{claim.title}** ({claim.source}): {claim.says}.", "", f"- here: {claim.setup}", f"- found: {claim.found}",
                       f"- verdict: **{claim.verdict}**"]  # fmt: skip
@@ -228,10 +259,10 @@ def _effort(result):
 def _rules():
     return ["A claim *replicates* when the 95 % interval of the difference excludes zero on its side and reaches the size that is claimed; with a "
             "mean on its side it is *direction only*. \"As good as\" replicates when the whole interval lies within the margin. The rule, the settings "
-            "and the questions were fixed on seed 0, which is not among the seeds. Four claims are judged otherwise. DEP: by the quartiles over "
-            "the batches of one seed, seed 0, the lower of which must reach 90 %. Zero-vision: against the upper end of the interval without SFT, "
+            "and the questions were fixed on seed 0, which is not among the seeds. A claim of several parts gets the worst of their verdicts. Four "
+            "claims are judged otherwise. DEP: by the quartiles over the batches of one seed, seed 0, the lower of which must reach 90 %. Zero-vision: against the upper end of the interval without SFT, "
             "not paired. How much faster a swarm is: by the means of the seeds' ratios, two at least, which must grow with the goal and reach 3. QK-Clip: "
-            "besides, the largest logit with it must stay below 2 τ with every seed."]  # fmt: skip
+            "besides, the largest logit with it must stay below 2 τ with every seed. What no toy can decide is *not testable at this scale*."]  # fmt: skip
 
 
 _STYLE = """
@@ -244,11 +275,11 @@ h1 { font-size: 1.6rem; line-height: 1.2; } h2 { margin: 2.2rem 0 .4rem; } a { c
 .claim h3 { margin: 0 0 .5rem; font-size: 1.05rem; } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem 1.4rem; }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } } .label, .effort { color: var(--soft); font-size: .85rem; }
 .verdict { border-radius: 1rem; padding: .1rem .7rem; font-size: .85rem; color: #fff; white-space: nowrap; }
-.replicates { background: #1f7a4d; } .direction { background: #a86a00; } .not { background: #b03434; }
+.replicates { background: #1f7a4d; } .direction { background: #a86a00; } .not { background: #b03434; } .untestable { background: #63636b; }
 img { max-width: 100%; margin-top: .7rem; border-radius: .5rem; background: #fff; } code { font-size: .9rem; }
 nav a { display: inline-block; margin: 0 .8rem .3rem 0; }
 """
-_CLASSES = {REPLICATES: "replicates", DIRECTION: "direction", NOT: "not"}
+_CLASSES = {REPLICATES: "replicates", DIRECTION: "direction", NOT: "not", UNTESTABLE: "untestable"}
 
 
 def page(results, folder):
@@ -257,7 +288,8 @@ def page(results, folder):
     parts = [f"<h1>What is said of Kimi K2.5, measured at toy scale</h1><p>{said(_counts(results))}</p>",
              "<nav>" + "".join(f'<a href="#{result.name}">{result.name}</a>' for result in results) + "</nav>"]  # fmt: skip
     for result in results:
-        parts.append(f'<section id="{result.name}"><h2>{result.name}</h2><p class="effort"><code>{said(result.command)}</code><br>{_effort(result)}</p>')
+        parts.append(f'<section id="{result.name}"><h2>{result.name}</h2>')
+        parts += [f'<p class="effort"><code>{said(result.command)}</code><br>{_effort(result)}</p>'] if result.command else []
         for claim in result.claims:
             badge = f'<span class="verdict {_CLASSES[claim.verdict]}">{claim.verdict}</span>'
             parts.append(
@@ -294,7 +326,7 @@ def _work(folder, t):
 
 
 def _write(folder):
-    results = kept(folder)
+    results = [*kept(folder), BEYOND]
     write_file(folder / "report.md", markdown(results))
     write_file(folder / "report.html", page(results, folder))
 

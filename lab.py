@@ -10,7 +10,7 @@ The rule for a verdict stands before the figures: `judge` or `judge_alike`, and 
 seed, zero-vision SFT against none, by the upper end of the other's interval, and how much faster a swarm is, by means, have rules of their own
 in experiments.py.
 
-Public names: VERDICTS, REPLICATES, DIRECTION, NOT, Claim, judge, judge_alike, worst, Scale, decoder, blend, pretrain, loss_on.
+Public names: VERDICTS, REPLICATES, DIRECTION, NOT, UNTESTABLE, Claim, judge, judge_alike, worst, Scale, decoder, blend, pretrain, loss_on.
 Tests: pytest tests/test_lab.py
 """
 
@@ -28,7 +28,10 @@ from step import losses
 from study import run_cells
 from tokenizer import Tokenizer
 
-VERDICTS = REPLICATES, DIRECTION, NOT = "replicates", "direction only", "does not replicate"  # from good to bad
+VERDICTS = REPLICATES, DIRECTION, NOT, UNTESTABLE = (
+    "replicates", "direction only", "does not replicate",  # from good to bad
+    "not testable at this scale",  # what no toy can decide, so that nothing is run for it
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

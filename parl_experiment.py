@@ -236,9 +236,10 @@ def report(folder, t, crew, base, arms):
     folder, seeds = pathlib.Path(folder), range(t.first_seed, t.first_seed + t.seeds)
     table = lambda name, part, field: np.array([arms[f"{name}-{s}"][part][field] for s in t.seeds_of(name)], float)  # noqa: E731
     names, summary, tables = t.names(), {}, {}
+    alike = t.seeds == t.other_seeds or not set(names) - {"parl", "single"}
     text = [
         "# PARL: learning to work in parallel", "",
-        f"{t.seeds} seeds of RL of parl and single, {t.other_seeds} of the others, {t.iterations} iterations of {t.prompts} questions × "
+        f"{t.seeds} seeds of RL{'' if alike else f' of parl and single, {t.other_seeds} of the others'}, {t.iterations} iterations of {t.prompts} questions × "
         f"{t.responses} responses, all from one cold start (so that intervals say nothing of other cold starts); held-out names of "
         "the rows, one sampled episode per question, temperature 1; 95 % intervals: bootstrap over seeds and questions. Chance, guessing a value: "
         "0.17 of the rows that are written down.", "",
@@ -248,20 +249,16 @@ def report(folder, t, crew, base, arms):
     ]  # fmt: skip
     titles = {"heldout": "Held-out questions, rows as in training (table 6)", "wider": f"{WIDER} rows, more than in any episode of training"}
     for part, title in titles.items():
-        rows = []
-        for name in ("base", *base["bounds"], *names):
-            source = base[part] if name == "base" else base["bounds"][name][part] if name in base["bounds"] else None
-            take = (lambda field: np.array([source[field]], float)) if source else (lambda field: table(name, part, field))  # noqa: B023
-            found = {field: bootstrap(take(field)) for field in ("performance", "critical", "total", "given", "finished")}
+        rows, fixed = [], {"base": base[part]} | {bound: found[part] for bound, found in base["bounds"].items()}
+        for name in (*fixed, *names):
+            values = (lambda field: np.array([fixed[name][field]], float)) if name in fixed else (lambda field: table(name, part, field))  # noqa: B023
+            found = {field: bootstrap(values(field)) for field in ("performance", "critical", "total", "given", "finished")}
             summary.setdefault(name, {})[part] = {field: dataclasses.asdict(value) for field, value in found.items()}
             means = " | ".join(f"{found[field].mean:.2f}" for field in ("critical", "total", "given", "finished"))
             rows.append(f"| {name} | {found['performance']} | {means} |")
         text += [f"## {title}", "", "| arm | item-F1 | critical steps | total steps | subtasks | r_finish |", "|---|---|---|---|---|---|", *rows, ""]
+        text += _differences(part, base, table, names, summary)
         tables[part] = rows
-        if {"parl", "single"} <= set(names):
-            gap = bootstrap(table("parl", part, "performance") - table("single", part, "performance"))
-            summary[f"parl less single, {part}"] = dataclasses.asdict(gap)
-            text += [f"Swarm less single agent at the same budgets: {gap}.", ""]
     text += _by_kind(base, table, names)
     if {"parl", "single"} <= set(names):
         text += _times(folder, arms, seeds, summary) + _contexts(arms, seeds, summary)
@@ -280,6 +277,23 @@ def report(folder, t, crew, base, arms):
 
 def _unmoved(crew, arms):
     return all(digest == crew[size]["digest"] for found in arms.values() for size, digest in found["digests"].items())
+
+
+def _differences(part, base, table, names, summary):
+    """What parl has more than the cold start and each other arm, on the same questions and the seeds that both have."""
+    if "parl" not in names:
+        return []
+    lines = ["| parl less … | item-F1 | subtasks | r_finish |", "|---|---|---|---|"]
+    for name in ("base", *(name for name in names if name != "parl")):
+        found = {}
+        for field in ("performance", "given", "finished"):
+            ours = table("parl", part, field)
+            theirs = np.array([base[part][field]] * len(ours), float) if name == "base" else table(name, part, field)
+            shared = min(len(ours), len(theirs))
+            found[field] = bootstrap(ours[:shared] - theirs[:shared])
+        summary.setdefault(f"parl less {name}", {})[part] = {field: dataclasses.asdict(value) for field, value in found.items()}
+        lines.append(f"| {name} | {' | '.join(map(str, found.values()))} |")
+    return ["At the same budgets:", "", *lines, ""]
 
 
 def _by_kind(base, table, names):
@@ -336,13 +350,16 @@ def _nan_free(values):
 
 def _contexts(arms, seeds, summary):
     """Figure 7: item-F1 under a limit of context."""
+    of = lambda name, remedy, tokens: np.array([arms[f"{name}-{s}"]["contexts"][f"{remedy} {tokens}"]["performance"] for s in seeds], float)  # noqa: E731
     lines = []
     for name, remedy in (("parl", "none"), *(("single", remedy) for remedy in REMEDIES)):
-        of = lambda tokens: [arms[f"{name}-{s}"]["contexts"][f"{remedy} {tokens}"]["performance"] for s in seeds]  # noqa: B023, E731
-        cells = [bootstrap(np.array(of(tokens), float)) for tokens in CONTEXTS]
+        cells = [bootstrap(of(name, remedy, tokens)) for tokens in CONTEXTS]
         label = "swarm" if name == "parl" else f"single agent, {remedy}"
         summary[f"context, {label}"] = {tokens: dataclasses.asdict(cell) for tokens, cell in zip(CONTEXTS, cells)}
         lines.append(f"| {label} | {' | '.join(map(str, cells))} |")
+    for remedy in REMEDIES:
+        gaps = {tokens: bootstrap(of("parl", "none", tokens) - of("single", remedy, tokens)) for tokens in CONTEXTS}
+        summary[f"context, swarm less {remedy}"] = {tokens: dataclasses.asdict(gap) for tokens, gap in gaps.items()}
     return [f"## A limit of context (figure 7): item-F1 on {max(WIDE)} rows, 30 critical steps", "",
             "The limit is of the orchestrator's or single agent's own conversation. When it is full, hide-tool-result goes on with older results "
             "blanked, discard-all with the question alone, summary with the question and the table that the agent writes at that point, which "

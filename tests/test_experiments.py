@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 import pytest
 
 import experiments
-from experiments import EXPERIMENTS, PULLED, ExperimentsConfig, Result, kept, main, markdown, page, pull, run_experiment
-from lab import DIRECTION, NOT, REPLICATES, Claim, Scale
+from experiments import BEYOND, EXPERIMENTS, PULLED, ExperimentsConfig, Result, kept, main, markdown, page, pull, run_experiment
+from lab import DIRECTION, NOT, REPLICATES, UNTESTABLE, Claim, Scale
 from rl_report import save_figure
 from study import StudyError
 
@@ -30,7 +30,13 @@ SUMMARIES = {  # what the commands leave, in round numbers
     },
     "toggle": {"toggle": {"tokens against plain's": {"mean": -0.2, "low": -0.3, "high": -0.1}, "accuracy less plain's": {"mean": 0.0, "low": -0.1, "high": 0.1}}},
     "parl": {
-        "parl less single, heldout": {"mean": 0.2, "low": 0.1, "high": 0.3}, "parl less single, wider": {"mean": 0.2, "low": 0.1, "high": 0.3},
+        "parl less single": {"heldout": {"performance": {"mean": 0.2, "low": 0.1, "high": 0.3}}, "wider": {"performance": {"mean": 0.2, "low": 0.1, "high": 0.3}}},
+        "parl less base": {"heldout": {"performance": {"mean": 0.1, "low": -0.1, "high": 0.3}, "given": {"mean": 2.0, "low": 1.0, "high": 3.0}}},
+        "parl less no-parallel": {"heldout": {"given": {"mean": 2.0, "low": 1.5, "high": 2.5}}},
+        "parl less no-finish": {"heldout": {"given": {"mean": -1.0, "low": -2.5, "high": 0.5}}},
+        "context, swarm less hide-tool-result": {"256": {"mean": 0.2, "low": 0.1, "high": 0.3}, "512": {"mean": 0.1, "low": 0.05, "high": 0.2}},
+        "context, swarm less summary": {"256": {"mean": 0.2, "low": 0.1, "high": 0.3}, "512": {"mean": 0.1, "low": -0.1, "high": 0.3}},
+        "context, swarm less discard-all": {"256": {"mean": -0.1, "low": -0.2, "high": 0.0}, "512": {"mean": 0.2, "low": 0.1, "high": 0.3}},
         "times": {"goals": [0.3, 0.4, 0.5], "ratio": {"steps": [2.0, 4.0, None]}, "single": {"steps": [6.0, 8.0, None]}, "parl": {"steps": [3.0, 2.0, 9.0]}},
     },
     "dep": {"settings": {"ranks": 4, "device": "cpu"}, "layouts": [
@@ -39,7 +45,7 @@ SUMMARIES = {  # what the commands leave, in round numbers
 }  # fmt: skip
 EXPECTED = {
     "zero-vision": [REPLICATES, NOT], "transfer": [DIRECTION, REPLICATES, NOT], "toggle": [REPLICATES, DIRECTION],
-    "parl": [REPLICATES, REPLICATES], "dep": [DIRECTION],
+    "parl": [REPLICATES, DIRECTION, REPLICATES, REPLICATES, DIRECTION, REPLICATES, DIRECTION, NOT], "dep": [DIRECTION],
 }  # fmt: skip
 
 
@@ -140,6 +146,12 @@ def test_the_pages_say_every_claim(results, tmp_path):
         assert "2 claims: 1 replicates, 1 does not replicate." in text and "--only tiny" in text
 
 
+def test_what_no_toy_can_decide_is_counted_and_needs_no_command(results, tmp_path):
+    for text in (markdown([*results, BEYOND]), html_text(page([*results, BEYOND], tmp_path))):
+        assert f"1 does not replicate, {len(BEYOND.claims)} {UNTESTABLE}." in text and all(claim.setup in text for claim in BEYOND.claims)
+    assert "inutes" not in markdown([BEYOND]) + page([BEYOND], tmp_path)
+
+
 def html_text(source):
     """The text of a page, as a reader sees it."""
     found, reader = [], html.parser.HTMLParser()
@@ -162,6 +174,7 @@ def test_the_command_writes_the_page_and_goes_on(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "toggle: " in said and "holds no result yet" in said and said.count("replicates") == 2
     assert all((tmp_path / "out" / name).exists() for name in ("report.md", "report.html", "config.json"))
+    assert all(BEYOND.claims[0].title in (tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))
     assert (tmp_path / "out" / "tiny" / "ran.txt").read_text() == "x"
 
 
@@ -205,5 +218,5 @@ def test_results_without_minutes_say_so():
 ])  # fmt: skip
 def test_how_much_faster_a_swarm_is_said_goal_by_goal(ratios, single, swarm, verdict, said):
     times = {"goals": [0.3, 0.4], "ratio": {"steps": ratios}, "single": {"steps": single}, "parl": {"steps": swarm}}
-    *_, claim = experiments._READERS["parl"](SUMMARIES["parl"] | {"times": times})
+    claim = list(experiments._READERS["parl"](SUMMARIES["parl"] | {"times": times}))[2]
     assert claim.verdict == verdict and claim.found.endswith(f"single / swarm: {said}")

@@ -10,7 +10,7 @@ import pytest
 
 import parl
 import parl_experiment
-from parl_experiment import PARLConfig, _reached, main
+from parl_experiment import PARLConfig, _differences, _reached, main
 from study import StudyError
 
 TINY = ["--seeds", "1", "--other-seeds", "1", "--arms", "parl,single", "--look-ups", "20", "--practice", "20", "--small-steps", "2", "--large-steps", "2", "--traces", "20", "--base-steps", "3",
@@ -36,6 +36,11 @@ def test_it_runs_reports_and_goes_on(small, tmp_path, capsys):
     ceiling, best = (summary[bound]["wider"] for bound in ("serial ceiling", "best schedule"))
     assert 0.5 < ceiling["performance"]["mean"] < 1.0 and ceiling["given"]["mean"] == 0.0  # time is up before seven rows are read
     assert best["given"]["mean"] == 7.0 and best["performance"]["mean"] < 0.2  # by subagents that can do nothing
+    for name, arm in (("parl less single", "single"), ("parl less base", "base")):
+        gap = summary["parl"]["wider"]["given"]["mean"] - summary[arm]["wider"]["given"]["mean"]
+        assert summary[name]["wider"]["given"]["mean"] == pytest.approx(gap) and "| parl less … |" in text
+    gap = summary["context, swarm"]["320"]["mean"] - summary["context, single agent, summary"]["320"]["mean"]
+    assert summary["context, swarm less summary"]["320"]["mean"] == pytest.approx(gap)
     assert (folder / "training.png").stat().st_size > 5000 and (folder / "budgets.png").stat().st_size > 3000
     pages = sorted(path.name for path in (folder / "samples").iterdir())
     assert len(pages) == 12 and "parl-1-wide.html" in pages and "item-F1" in (folder / "samples" / "single-1-deep.html").read_text()
@@ -54,6 +59,15 @@ def test_misuse_is_one_line_and_exit_code_2(tmp_path, capsys):
         assert end.value.code == 2 and said in error and error.count("\n") == 1
     with pytest.raises(StudyError, match="iterations is 0"):
         PARLConfig(iterations=0)
+
+
+def test_arms_are_compared_on_the_seeds_that_both_have():
+    values, summary = {"parl": [[1.0, 0.0], [0.0, 0.0]], "outcome": [[0.5, 0.0]]}, {}
+    base = {"heldout": dict.fromkeys(("performance", "given", "finished"), [0.2, 0.2])}
+    _differences("heldout", base, lambda name, part, field: np.array(values[name]), ["parl", "outcome"], summary)
+    assert summary["parl less outcome"]["heldout"]["given"]["mean"] == 0.25  # of the first seed alone
+    assert summary["parl less base"]["heldout"]["given"]["mean"] == pytest.approx(0.05)
+    assert not _differences("heldout", base, None, ["single"], summary)
 
 
 def test_where_a_curve_reaches_a_goal_by_hand():
