@@ -30,10 +30,12 @@ SUMMARIES = {  # what the commands leave, in round numbers
     },
     "toggle": {"toggle": {"tokens against plain's": {"mean": -0.2, "low": -0.3, "high": -0.1}, "accuracy less plain's": {"mean": 0.0, "low": -0.1, "high": 0.1}}},
     "parl": {
-        "parl less single": {"heldout": {"performance": {"mean": 0.2, "low": 0.1, "high": 0.3}}, "wider": {"performance": {"mean": 0.2, "low": 0.1, "high": 0.3}}},
+        "parl less single": {part: {"performance": {"mean": 0.2, "low": 0.1, "high": 0.3}} for part in ("heldout", "wider")},
         "parl less base": {"heldout": {"performance": {"mean": 0.1, "low": -0.1, "high": 0.3}, "given": {"mean": 2.0, "low": 1.0, "high": 3.0}}},
         "parl less no-parallel": {"heldout": {"given": {"mean": 2.0, "low": 1.5, "high": 2.5}}},
         "parl less no-finish": {"heldout": {"given": {"mean": -1.0, "low": -2.5, "high": 0.5}}},
+        **{arm: {"heldout": {"given": {"mean": mean}}} for arm, mean in (("parl", 3.0), ("no-parallel", 1.0), ("no-finish", 4.0))},
+        "context, swarm less none": {"256": {"mean": 0.2, "low": 0.1, "high": 0.3}, "512": {"mean": -0.2, "low": -0.3, "high": -0.1}},
         "context, swarm less hide-tool-result": {"256": {"mean": 0.2, "low": 0.1, "high": 0.3}, "512": {"mean": 0.1, "low": 0.05, "high": 0.2}},
         "context, swarm less summary": {"256": {"mean": 0.2, "low": 0.1, "high": 0.3}, "512": {"mean": 0.1, "low": -0.1, "high": 0.3}},
         "context, swarm less discard-all": {"256": {"mean": -0.1, "low": -0.2, "high": 0.0}, "512": {"mean": 0.2, "low": 0.1, "high": 0.3}},
@@ -45,7 +47,7 @@ SUMMARIES = {  # what the commands leave, in round numbers
 }  # fmt: skip
 EXPECTED = {
     "zero-vision": [REPLICATES, NOT], "transfer": [DIRECTION, REPLICATES, NOT], "toggle": [REPLICATES, DIRECTION],
-    "parl": [REPLICATES, DIRECTION, REPLICATES, REPLICATES, DIRECTION, REPLICATES, DIRECTION, NOT], "dep": [DIRECTION],
+    "parl": [REPLICATES, DIRECTION, REPLICATES, REPLICATES, DIRECTION, NOT, REPLICATES, NOT, DIRECTION], "dep": [DIRECTION],
 }  # fmt: skip
 
 
