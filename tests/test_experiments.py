@@ -222,3 +222,9 @@ def test_how_much_faster_a_swarm_is_said_goal_by_goal(ratios, single, swarm, ver
     times = {"goals": [0.3, 0.4], "ratio": {"steps": ratios}, "single": {"steps": single}, "parl": {"steps": swarm}}
     claim = list(experiments._READERS["parl"](SUMMARIES["parl"] | {"times": times}))[2]
     assert claim.verdict == verdict and claim.found.endswith(f"single / swarm: {said}")
+
+
+def test_without_a_reward_both_levels_are_said_and_their_difference():
+    found = [claim.found for claim in experiments._READERS["parl"](SUMMARIES["parl"]) if claim.title.startswith("without")]
+    assert found == ["subtasks with it 3.00, without 1.00: a difference of +2.00 [+1.50, +2.50]",
+                     "subtasks with it 3.00, without 4.00: a difference of +1.00 [-0.50, +2.50]"]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 import parl
 import parl_experiment
-from parl_experiment import PARLConfig, _differences, _reached, main
+from parl_experiment import PARLConfig, _contexts, _differences, _reached, main
 from study import StudyError
 
 TINY = ["--seeds", "1", "--other-seeds", "1", "--arms", "parl,single", "--look-ups", "20", "--practice", "20", "--small-steps", "2", "--large-steps", "2", "--traces", "20", "--base-steps", "3",
@@ -39,8 +39,6 @@ def test_it_runs_reports_and_goes_on(small, tmp_path, capsys):
     for name, arm in (("parl less single", "single"), ("parl less base", "base")):
         gap = summary["parl"]["wider"]["given"]["mean"] - summary[arm]["wider"]["given"]["mean"]
         assert summary[name]["wider"]["given"]["mean"] == pytest.approx(gap) and "| parl less … |" in text
-    gap = summary["context, swarm"]["320"]["mean"] - summary["context, single agent, summary"]["320"]["mean"]
-    assert summary["context, swarm less summary"]["320"]["mean"] == pytest.approx(gap)
     assert (folder / "training.png").stat().st_size > 5000 and (folder / "budgets.png").stat().st_size > 3000
     pages = sorted(path.name for path in (folder / "samples").iterdir())
     assert len(pages) == 12 and "parl-1-wide.html" in pages and "item-F1" in (folder / "samples" / "single-1-deep.html").read_text()
@@ -63,11 +61,22 @@ def test_misuse_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 def test_arms_are_compared_on_the_seeds_that_both_have():
     values, summary = {"parl": [[1.0, 0.0], [0.0, 0.0]], "outcome": [[0.5, 0.0]]}, {}
-    base = {"heldout": dict.fromkeys(("performance", "given", "finished"), [0.2, 0.2])}
-    _differences("heldout", base, lambda name, part, field: np.array(values[name]), ["parl", "outcome"], summary)
-    assert summary["parl less outcome"]["heldout"]["given"]["mean"] == 0.25  # of the first seed alone
-    assert summary["parl less base"]["heldout"]["given"]["mean"] == pytest.approx(0.05)
-    assert not _differences("heldout", base, None, ["single"], summary)
+    base = {part: dict.fromkeys(("performance", "given", "finished"), row) for part, row in (("heldout", [0.9, 0.9]), ("wider", [0.2, 0.4]))}
+    _differences("wider", base, lambda name, part, field: np.array(values[name]), ["parl", "outcome"], summary)
+    assert summary["parl less outcome"]["wider"]["given"]["mean"] == 0.25  # of the first seed alone
+    assert summary["parl less base"]["wider"]["given"]["mean"] == pytest.approx(0.25 - 0.3)
+    assert not _differences("wider", base, None, ["single"], summary)
+
+
+def test_a_swarm_is_compared_with_each_remedy_at_each_limit():
+    found = lambda value: {"performance": [value, value]}  # noqa: E731
+    limits = [(remedy, tokens, place + tokens / 1000) for place, remedy in enumerate(parl.REMEDIES) for tokens in parl_experiment.CONTEXTS]
+    arms = {"parl-1": {"contexts": {f"none {tokens}": found(9.0) for tokens in parl_experiment.CONTEXTS}},
+            "single-1": {"contexts": {f"{remedy} {tokens}": found(value) for remedy, tokens, value in limits}}}  # fmt: skip
+    summary = {}
+    assert "| single agent, summary | 3.256 [3.256, 3.256] |" in "\n".join(_contexts(arms, [1], summary))
+    for remedy, tokens, value in limits:
+        assert summary[f"context, swarm less {remedy}"][tokens]["mean"] == pytest.approx(9.0 - value)
 
 
 def test_where_a_curve_reaches_a_goal_by_hand():
